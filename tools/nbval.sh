@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Execute notebooks and compare the stored outputs of their claim cells, and of no others. CI runs this line on book/*.ipynb,
-# in the kernel named by NSGF_KERNEL (one whose environment holds the built wheel and no more); tests/test_notebooks.py
-# runs it on notebooks with planted faults.
+# The one command line that checks notebooks: executes them in the kernel of .venv-wheel (only the built wheel, what it
+# needs, and ipykernel) and compares the stored outputs of the claim cells. Usage: tools/nbval.sh [NOTEBOOK ...]
 set -euo pipefail
-export NSGF_SCALE=fast OMP_NUM_THREADS=1 PYDEVD_DISABLE_FILE_VALIDATION=1
-exec "${PYTHON:-python}" -m pytest --nbval-lax --nbval-kernel-name "${NSGF_KERNEL:-python3}" --nbval-cell-timeout 600 \
-    -p no:cacheprovider -n 2 --dist loadfile "$@"
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+[ $# -gt 0 ] || set -- book/*.ipynb
+exec .venv/bin/python -m pytest --nbval-lax --nbval-kernel-name nsgf-wheel --nbval-cell-timeout 300 \
+  -n "${NSGF_WORKERS:-2}" --dist loadscope "$@"
