@@ -1,0 +1,101 @@
+"""Follow a velocity field with particles, and record the path."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from nsgf_lite.fields import Field, Warm
+from nsgf_lite.sinkhorn import read_clouds
+
+# Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.
+_METHODS: dict[str, list[list[float]]] = {
+    "euler": [[], [1.0]],
+    "heun": [[], [1.0], [1 / 2, 1 / 2]],
+    "rk4": [[], [1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],
+}
+
+
+@torch.no_grad()
+def follow(
+    field: Field | Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    step: float,
+    steps: int,
+    *,
+    method: str = "euler",
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    generator: Generator | None = None,
+    stop_below: float | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Positions (steps + 1, n, d) of particles that start at x and follow ``field(x, y)`` towards the data y.
+
+    Parameters
+    ----------
+    field : Field
+        A velocity field, called with the moving particles and the data.
+    x, y : Tensor
+        Particles (n, d) and data (m, d), or batches of them.
+    step : float
+        Length of a time step.
+    steps : int
+        Number of steps.
+    method : str
+        ``euler``, ``heun`` or ``rk4``: explicit Runge-Kutta of order 1, 2, 4, at 1, 2, 4 velocities a step.
+    a, b : Tensor
+        Weights of particles and data, uniform if None.
+    generator : Generator
+        Passed on to a field that has chance in it.
+    stop_below : float
+        Stop early, with a shorter path, once the root mean square speed falls below this.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If the clouds do not fit, the method is unknown, or step or steps is not positive.
+    FloatingPointError
+        If the particles leave the finite numbers; the message says at which step.
+
+    Source
+    ------
+    Zhu et al. (2024), equation 14 (Euler); Hairer, Nørsett, Wanner (1993), Section II.1.
+
+    Used in
+    -------
+    :prf:ref:`thm-descent`
+    """
+    read_clouds(x=x, y=y)
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"step must be positive and finite, got {step}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    given = {"a": a, "b": b, "generator": generator}
+    options = {name: value for name, value in given.items() if value is not None}
+    # A field that can start from its last solution is given a place to keep it.
+    warm: Warm = {}
+    if "warm" in inspect.signature(field).parameters:
+        options["warm"] = warm  # type: ignore[assignment]
+    path = [x]
+    for k in tqdm(range(1, steps + 1), desc="follow", disable=not progress):
+        stages: list[Tensor] = []
+        *nodes, average = _METHODS[method]
+        for row in nodes:
+            moved = sum((w * v for w, v in zip(row, stages, strict=True) if w), torch.zeros_like(x))
+            stages.append(field(path[-1] + step * moved, y, **options))
+        speed = float(stages[0].square().sum(-1).mean().sqrt())
+        if stop_below is not None and speed < stop_below:
+            break
+        path.append(path[-1] + step * sum(w * v for w, v in zip(average, stages, strict=True)))
+        if not bool(torch.isfinite(path[-1]).all()):
+            raise FloatingPointError(f"particles left the finite numbers at step {k} of {steps}; a smaller step than {step:g}?")
+    return torch.stack(path)

@@ -1,0 +1,362 @@
+"""Entropic optimal transport between point clouds: potentials, plans, barycentric maps, the Sinkhorn divergence.
+
+Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length, solved to a stated tolerance by :mod:`nsgf_lite.solver`.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsgf_lite.solver import affinity, alternate, averaged
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before it reached its tolerance; the message says where it stands."""
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """Dual potentials ``f`` (n,) or (b, n) and ``g`` (m,) or (b, m); unpacks as ``f, g``.
+
+    ``marginal_error`` is the L1 distance between the plan's marginals and the weights (the largest in the batch),
+    ``iterations`` the number of Sinkhorn and Newton steps. Normalised so that the weighted means of f and g agree.
+    """
+
+    f: Tensor
+    g: Tensor
+    iterations: int
+    marginal_error: float
+    converged: bool
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.f, self.g))
+
+
+# Reading the input ---------------------------------------------------------------------------------------------------
+
+
+def read_clouds(**clouds: Tensor) -> None:
+    """Check that the named clouds are non-empty, finite and fit together; ValueError says which does not, and why."""
+    first_name, first = next(iter(clouds.items()))
+    for name, x in clouds.items():
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a float32 or float64 tensor, got {got}")
+        if x.ndim not in (2, 3) or x.numel() == 0:
+            raise ValueError(f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}")
+        if x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"{first_name} and {name} must share dtype and device, got {first.dtype} on {first.device} and {x.dtype} on {x.device}"
+            )
+        if x.ndim != first.ndim or x.shape[-1] != first.shape[-1] or x.shape[:-2] != first.shape[:-2]:
+            raise ValueError(
+                f"{first_name} and {name} must agree in batch and dimension, got {tuple(first.shape)} and {tuple(x.shape)}"
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} must be finite, got NaN or inf")
+
+
+def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
+    """Return the weights of cloud x, uniform if None, shape x.shape[:-1]; ValueError unless they are a probability."""
+    if weights is None:
+        return x.new_full(x.shape[:-1], 1 / x.shape[-2])
+    if not isinstance(weights, Tensor) or weights.dtype != x.dtype or weights.device != x.device:
+        raise ValueError(f"{name} must be a tensor of dtype {x.dtype} on {x.device}, as its cloud is, got {weights!r:.80}")
+    if weights.shape not in (x.shape[:-1], x.shape[-2:-1]):
+        raise ValueError(f"{name} must have shape {tuple(x.shape[:-1])}, one weight per point, got {tuple(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        raise ValueError(f"{name} must be finite and non-negative, got values from {weights.min():g} to {weights.max():g}")
+    off = float((weights.sum(-1) - 1).abs().max())
+    if off > (1e-6 if x.dtype == torch.float64 else 1e-4):
+        raise ValueError(f"{name} must sum to one, got a sum that is off by {off:g}")
+    return weights.expand(x.shape[:-1])
+
+
+def _read_numbers(eps: float, tol: float, max_iter: int) -> None:
+    for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+# What a reader calls ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Two clouds with weights, (b,n,d), (b,m,d), (b,n), (b,m), checked; `own` if they are one and the same."""
+
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    eps: float
+    own: bool
+    single: bool
+
+    def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
+        """Potentials (batched), and the kernel's exponent ``(f + g - c) / eps`` without f, for whoever needs the plan."""
+        with torch.no_grad():
+            centre = self.y.mean(-2, keepdim=True)
+            H, p, q = affinity(self.x - centre, self.y - centre)
+            mean_cost = float((p.mean(-1) + q.mean(-1) - H.mean((-2, -1))).max())
+            goal = max(tol, 10 * torch.finfo(H.dtype).eps)
+            start = -q if init is None else init.g.reshape(q.shape) - q
+            if self.own:
+                f, g, steps, error = averaged(H, self.a, self.eps, start, goal, max_iter)
+            else:
+                hot = self.eps if init is not None else max(self.eps, mean_cost)
+                f, g, steps, error = alternate(H, self.a, self.b, self.eps, start, hot, goal, max_iter)
+            exponent = H.add_(g.unsqueeze(-2)).div_(self.eps)
+            f, g = f + p, g + q
+            tilt = ((self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)) / 2
+        if not error <= goal:
+            warnings.warn(
+                f"potentials stopped after {steps} steps at marginal error {error:.2g}, not {goal:.2g}. eps = {self.eps:g} is "
+                f"{self.eps / max(mean_cost, 1e-300):.1g} of the mean cost {mean_cost:.3g}; a larger eps or max_iter, "
+                "or float64, would help.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return Potentials(f + tilt, g - tilt, steps, error, error <= goal), exponent
+
+    def unbatch(self, t: Tensor) -> Tensor:
+        return t.squeeze(0) if self.single else t
+
+
+def _read(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int) -> _Problem:
+    for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    read_clouds(x=x, y=y)
+    own, single = y is x and b is a, x.ndim == 2
+    a, b = read_weights("a", a, x), read_weights("b", b, y)
+    if single:
+        x, y, a, b = (t.unsqueeze(0) for t in (x, y, a, b))
+    return _Problem(x, y, a, b, float(eps), own, single)
+
+
+def potentials(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 10_000,
+    init: Potentials | None = None,
+) -> Potentials:
+    """Dual potentials of entropic optimal transport from cloud x to cloud y, cost ``|x - y|^2 / 2``.
+
+    Where y is the very tensor x (and b is a), the symmetric self problem is solved, with f = g.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Clouds (n, d) and (m, d), or batches (b, n, d) and (b, m, d); float32 or float64, on any device.
+    eps : float
+        Temperature, in units of squared length.
+    a, b : Tensor
+        Weights (n,) and (m,), or (b, n) and (b, m), non-negative, summing to one; uniform if None.
+        At points of weight zero the potentials are extended by the Sinkhorn equations.
+    tol : float
+        L1 marginal error at which to stop, raised to ten rounding units of the dtype if it is below. In float32 the
+        rounding of f and g themselves moves the plan by about ``1e-7 max|f| / eps``.
+    max_iter : int
+        Steps after which to stop with a :class:`ConvergenceWarning`.
+    init : Potentials
+        Warm start, such as the solution before the particles moved; g is used, and f recomputed from it.
+
+    Raises
+    ------
+    ValueError
+        If shapes, dtypes or devices do not fit, a cloud is empty or not finite, weights are not a probability,
+        or eps, tol or max_iter is not positive.
+
+    Source
+    ------
+    Cuturi (2013); over-relaxation after Thibault et al. (2021) and Lehmann et al. (2022); absorption after Schmitzer (2019).
+
+    Used in
+    -------
+    :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-sinkhorn-equations`, :prf:ref:`thm-first-variation`
+    """
+    problem = _read(x, y, a, b, eps, tol, max_iter)
+    if init is not None and init.g.numel() != problem.b.numel():
+        raise ValueError(f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}")
+    solution, _ = problem.solve(tol, max_iter, init)
+    f, g = (problem.unbatch(t) for t in solution)
+    return Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
+
+
+def plan(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 10_000,
+) -> Tensor:
+    """Entropic coupling ``a_i exp((f_i + g_j - c_ij) / eps) b_j``, shape (n, m) or (b, n, m), total mass one.
+
+    Arguments and errors as in :func:`potentials`.
+
+    Used in
+    -------
+    :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-two-atoms`
+    """
+    problem = _read(x, y, a, b, eps, tol, max_iter)
+    _, exponent = problem.solve(tol, max_iter)
+    # The last step made the rows exact; the softmax is that step.
+    rows = torch.softmax(exponent + problem.b.log().unsqueeze(-2), -1)
+    return problem.unbatch(rows * problem.a.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class BarycentricMap:
+    """The barycentric projection T of an entropic plan, and the potential f whose gradient is ``x - T(x)``, on all of R^d."""
+
+    y: Tensor
+    b: Tensor
+    eps: float
+    solution: Potentials
+    _exponent: Tensor
+
+    def __call__(self, points: Tensor | None = None) -> Tensor:
+        """Images (k, d) or (b, k, d) of the points, by default of the cloud x; differentiable in the points."""
+        if points is None:
+            return torch.softmax(self._exponent + self.b.log().unsqueeze(-2), -1) @ self.y
+        return torch.cat([torch.softmax(S, -1) @ self.y for S, _ in self._blocks(points)], -2)
+
+    def potential(self, points: Tensor) -> Tensor:
+        """Potential f (k,) or (b, k) at the points, extended by the Sinkhorn equation; differentiable in the points."""
+        return torch.cat([p - self.eps * torch.logsumexp(S, -1) for S, p in self._blocks(points)], -1)
+
+    def _blocks(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Exponents of the kernel with the weights, a few million entries at a time, and the norms left outside."""
+        read_clouds(y=self.y, points=points)
+        centre = self.y.mean(-2, keepdim=True)
+        for block in points.split(max(1, 2**24 // self.y[..., 0].numel()), -2):
+            H, p, q = affinity(block - centre, self.y - centre)
+            yield (H + (self.solution.g - q).unsqueeze(-2)) / self.eps + self.b.log().unsqueeze(-2), p
+
+
+def barycentric_map(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 10_000,
+    init: Potentials | None = None,
+) -> BarycentricMap:
+    """Barycentric projection T of the entropic plan from x to y: ``T(points)`` is the mean of y given the point.
+
+    ``T()`` gives the images of x itself, ``T.potential(points)`` the extended potential f. Arguments and errors as in
+    :func:`potentials`.
+
+    Used in
+    -------
+    :prf:ref:`thm-potential-gradient`, :prf:ref:`thm-sinkhorn-velocity`
+    """
+    problem = _read(x, y, a, b, eps, tol, max_iter)
+    solution, exponent = problem.solve(tol, max_iter, init)
+    f, g = (problem.unbatch(t) for t in solution)
+    found = Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
+    return BarycentricMap(y.detach(), problem.unbatch(problem.b).detach(), problem.eps, found, problem.unbatch(exponent))
+
+
+class _Cost(torch.autograd.Function):
+    """OT_eps of a batch (b,), with first derivatives by the envelope theorem: the potentials need not be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float, own: bool, tol: float, max_iter: int) -> Tensor:
+        problem = _Problem(x, y, a, b, eps, own, False)
+        (f, g), _ = problem.solve(tol, max_iter)
+        ctx.save_for_backward(x, y, a, b, f, g)
+        ctx.eps, ctx.own = eps, own
+        return (a * f).sum(-1) + (b * g).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, a, b, f, g = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        weight = grad.unsqueeze(-1) * (2 if ctx.own else 1)
+
+        def pull(x: Tensor, y: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+            towards = BarycentricMap(y, b, ctx.eps, Potentials(g, g, 0, 0.0, True), g)
+            return (weight * a).unsqueeze(-1) * (x - towards(x))
+
+        dx = pull(x, y, a, b, g) if need[0] else None
+        dy = pull(y, x, b, a, f) if need[1] and not ctx.own else None
+        da = weight * f if need[2] else None
+        db = weight * g if need[3] and not ctx.own else None
+        return dx, dy, da, db, None, None, None, None
+
+
+def entropic_cost(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 10_000,
+) -> Tensor:
+    """Entropic cost ``OT_eps = min <plan, c> + eps KL(plan | a x b)``, a scalar or (b,), in units of squared length.
+
+    Differentiable once in x, y, a and b, by the envelope theorem; the derivatives in a and b are the potentials,
+    meant for perturbations of zero total mass. A second derivative raises RuntimeError. Arguments and errors as in
+    :func:`potentials`.
+
+    Source
+    ------
+    Feydy et al. (2019), equation 9 and Proposition 2.
+
+    Used in
+    -------
+    :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-entropic-gap`
+    """
+    problem = _read(x, y, a, b, eps, tol, max_iter)
+    cost = _Cost.apply(problem.x, problem.y, problem.a, problem.b, problem.eps, problem.own, tol, max_iter)
+    return problem.unbatch(cost)
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 10_000,
+) -> Tensor:
+    """Sinkhorn divergence ``S_eps = OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2``, a scalar or (b,).
+
+    Differentiable once in x, y, a and b, as :func:`entropic_cost` is. Arguments and errors as in :func:`potentials`.
+
+    Source
+    ------
+    Feydy et al. (2019), equation 3; Zhu et al. (2024), Definition 2.
+
+    Used in
+    -------
+    :prf:ref:`thm-positivity`, :prf:ref:`thm-first-variation`
+    """
+    cost = entropic_cost(x, y, eps, a, b, tol=tol, max_iter=max_iter)
+    own_x = entropic_cost(x, x, eps, a, a, tol=tol, max_iter=max_iter)
+    own_y = entropic_cost(y, y, eps, b, b, tol=tol, max_iter=max_iter)
+    return cost - (own_x + own_y) / 2

@@ -1,0 +1,177 @@
+"""Two-dimensional laws to flow from and to; each says its scale, because scale dominates every distance reported on it."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+
+class Law(Protocol):
+    """Anything with ``sample(n, generator, dtype) -> (n, d)``."""
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points."""
+        ...
+
+
+def _uniform(n: int, generator: Generator, dtype: torch.dtype) -> Tensor:
+    _check(n, generator)
+    return torch.rand(n, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _normal(n: int, generator: Generator, dtype: torch.dtype, d: int = 2) -> Tensor:
+    _check(n, generator)
+    return torch.randn(n, d, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _check(n: int, generator: Generator) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    if not isinstance(generator, Generator):
+        raise ValueError(f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}")
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal law with the given mean (d numbers) and covariance (d by d); standard in the plane by default.
+
+    Used in: every chapter.
+    """
+
+    mean: tuple[float, ...] = (0.0, 0.0)
+    covariance: tuple[tuple[float, ...], ...] = ((1.0, 0.0), (0.0, 1.0))
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, d); ValueError if the covariance is not symmetric positive definite."""
+        mean = torch.tensor(self.mean, dtype=torch.float64)
+        covariance = torch.tensor(self.covariance, dtype=torch.float64)
+        d = len(mean)
+        if covariance.shape != (d, d) or not torch.equal(covariance, covariance.T):
+            raise ValueError(f"covariance must be a symmetric {d} by {d} matrix, got {self.covariance}")
+        root, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:
+            raise ValueError(f"covariance must be positive definite, got {self.covariance}")
+        z = _normal(n, generator, dtype, d)
+        return z @ root.T.to(z) + mean.to(z)
+
+
+@dataclass(frozen=True)
+class EightGaussians:
+    """Equal mixture of eight round Gaussians on a circle.
+
+    The defaults are torchcfm's: radius 5 and *covariance* ``sqrt(0.1) I``, which is a standard deviation of 0.562.
+    FFJORD's scale is ``EightGaussians(radius=2.8284, sigma=0.3536)``.
+
+    Used in: sinkhorn_first_variation, speed.
+    """
+
+    radius: float = 5.0
+    sigma: float = 0.1**0.25
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2)."""
+        angle = torch.floor(8 * _uniform(n, generator, dtype)) * (math.pi / 4)
+        centres = self.radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+        return centres + self.sigma * _normal(n, generator, dtype)
+
+
+@dataclass(frozen=True)
+class Moons:
+    """Two interleaved half circles: scikit-learn's ``make_moons(noise)`` law, times `scale`, plus `shift`.
+
+    The defaults, noise 0.2, scale 3 and shift -1 (in both coordinates), are torchcfm's.
+
+    Used in: sinkhorn_first_variation, speed.
+    """
+
+    noise: float = 0.2
+    scale: float = 3.0
+    shift: float = -1.0
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2); each half circle has each point with probability one half."""
+        angle = math.pi * _uniform(n, generator, dtype)
+        lower = _uniform(n, generator, dtype) < 0.5
+        across = torch.where(lower, 1 - angle.cos(), angle.cos())
+        up = torch.where(lower, 0.5 - angle.sin(), angle.sin())
+        points = torch.stack([across, up], dim=1) + self.noise * _normal(n, generator, dtype)
+        return self.scale * points + self.shift
+
+
+@dataclass(frozen=True)
+class SCurve:
+    """The letter S: scikit-learn's ``make_s_curve`` seen along its flat axis, with noise, times `scale`.
+
+    Angle t uniform in (-3π/2, 3π/2); the point is ``(sin t, sign(t)(cos t - 1))``.
+
+    Used in: two_dimensional_benchmark.
+    """
+
+    noise: float = 0.05
+    scale: float = 1.5
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2)."""
+        t = 3 * math.pi * (_uniform(n, generator, dtype) - 0.5)
+        points = torch.stack([t.sin(), t.sign() * (t.cos() - 1)], dim=1)
+        return self.scale * (points + self.noise * _normal(n, generator, dtype))
+
+
+@dataclass(frozen=True)
+class Checkerboard:
+    """Uniform law on the eight dark squares of a 4 by 4 board that fills ``[-side/2, side/2]^2``; side 4 by default.
+
+    Used in: two_dimensional_benchmark.
+    """
+
+    side: float = 4.0
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2)."""
+        column = torch.floor(4 * _uniform(n, generator, dtype))
+        row = 2 * torch.floor(2 * _uniform(n, generator, dtype)) + column % 2
+        corner = torch.stack([column, row], dim=1)
+        inside = torch.stack([_uniform(n, generator, dtype), _uniform(n, generator, dtype)], dim=1)
+        return self.side * ((corner + inside) / 4 - 0.5)
+
+
+@dataclass(frozen=True)
+class Circles:
+    """Two concentric circles with equal mass: radii `scale` and ``ratio * scale``, noise of the same unit as the ratio.
+
+    The law of scikit-learn's ``make_circles(noise, factor)``, times `scale`.
+
+    Used in: sinkhorn_divergence.
+    """
+
+    ratio: float = 0.5
+    noise: float = 0.05
+    scale: float = 3.0
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2)."""
+        angle = 2 * math.pi * _uniform(n, generator, dtype)
+        radius = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, self.ratio)
+        circle = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return self.scale * (circle + self.noise * _normal(n, generator, dtype))
+
+
+@dataclass(frozen=True)
+class Spiral:
+    """Two Archimedean arms: ``r = scale * sqrt(u)`` at angle ``turns * 2π sqrt(u)``, u uniform, the second arm opposite the first.
+
+    Used in: field_zoo.
+    """
+
+    turns: float = 1.5
+    noise: float = 0.1
+    scale: float = 4.0
+
+    def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw n points, shape (n, 2)."""
+        root = _uniform(n, generator, dtype).sqrt()
+        angle = 2 * math.pi * self.turns * root
+        arm = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, -1.0) * self.scale * root
+        return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(n, generator, dtype)
