@@ -10,12 +10,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def require(condition, reason):
-    """Go on if the condition holds; otherwise skip the test, or fail it where CI is set: there nothing may be missing."""
+    """Skip the test unless the condition holds, or fail it if CI is set: nothing may be missing there."""
     if condition:
         return
     if os.environ.get("CI"):
         pytest.fail(f"missing on CI: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def wheel_kernel():
+    """The kernel that sees only the built wheel; this Python's own if it was not made and CI is not set."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    if "nsgf-wheel" in KernelSpecManager().find_kernel_specs():
+        return "nsgf-wheel"
+    if os.environ.get("CI"):
+        pytest.fail("missing on CI: the kernel nsgf-wheel (make wheel)", pytrace=False)
+    return "python3"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,8 @@
-"""Chapters as notebooks for Colab, where directives and roles are not understood: everything becomes plain Markdown.
+"""Chapters as notebooks for Colab, which knows no directives and roles: everything becomes plain Markdown.
 
-The chapters are rendered twice in the order of _toc.yml. The first pass counts theorems, equations, figures and exercises
-as the book does and notes what each label is called; the second writes. A directive, role or label that is not known
-here is an error, never something that slips through.
+The chapters are rendered twice in the order of _toc.yml. The first pass counts theorems, equations, figures
+and exercises as the book does and notes what each label is called; the second writes. A directive, role or
+label that is not known here is an error, never something that slips through.
 """
 
 import re
@@ -18,10 +18,31 @@ from pybtex.database import parse_file
 from pybtex.plugin import find_plugin
 
 STATEMENTS = {
-    *("theorem", "lemma", "proposition", "corollary", "definition", "remark", "example", "algorithm", "assumption"),
+    *(
+        "theorem",
+        "lemma",
+        "proposition",
+        "corollary",
+        "definition",
+        "remark",
+        "example",
+        "algorithm",
+        "assumption",
+    ),
     *("conjecture", "observation", "property", "axiom", "criterion"),
 }
-ADMONITIONS = {"note", "tip", "hint", "important", "warning", "caution", "attention", "danger", "error", "seealso"}
+ADMONITIONS = {
+    "note",
+    "tip",
+    "hint",
+    "important",
+    "warning",
+    "caution",
+    "attention",
+    "danger",
+    "error",
+    "seealso",
+}
 TITLED = {"admonition", "dropdown", "card", "grid-item-card", "tab-item", "sidebar", "topic"}
 PLAIN = {"margin", "tab-set", "grid", "grid-item", "container", "div", "epigraph", "glossary", "only"}
 NOWHERE = {"tableofcontents", "raw", "index", "contents"}
@@ -37,7 +58,7 @@ INLINE = re.compile(
     r"|(?P<image>!)?\[(?P<text>[^\]]*)\]\((?P<target>[^()\s]*)\)",
     re.S,
 )
-INSTALL = '''\
+INSTALL = """\
 import sys
 
 if "google.colab" in sys.modules:  # nothing is done elsewhere
@@ -48,7 +69,7 @@ if "google.colab" in sys.modules:  # nothing is done elsewhere
             print(f"{name}=={version(name)}", file=held)
     %pip install --quiet --constraint held.txt \\
         "nsgf-lite[book] @ git+URL@vVERSION"
-'''
+"""
 
 
 class Exporter:
@@ -56,7 +77,9 @@ class Exporter:
         self.root = root
         self.url = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"].rstrip("/")
         self.version = library_version(root)
-        self.docs = table_of_contents(yaml.safe_load((root / "_toc.yml").read_text()))  # name -> chapter number or None
+        self.docs = table_of_contents(
+            yaml.safe_load((root / "_toc.yml").read_text())
+        )  # name -> chapter number or None
         bibliography = root / "book" / "references.bib"
         self.references = parse_file(str(bibliography)).entries if bibliography.exists() else {}
         self.names, self.titles, self.final = {}, {}, False
@@ -68,16 +91,22 @@ class Exporter:
             raise ValueError(f"not in _toc.yml: {', '.join(sorted(lost))}")
         for self.final in (False, True):
             self.count = Counter()
-            notebooks = {name: self.notebook(name) for name in self.docs if (self.root / f"{name}.md").exists()}
+            notebooks = {
+                name: self.notebook(name) for name in self.docs if (self.root / f"{name}.md").exists()
+            }
         return {name.removeprefix("book/"): notebooks[name] for name in self.docs if name in self.chapters}
 
     def notebook(self, name):
         """One chapter, rendered; afterwards self.names knows its labels."""
         self.doc, self.cited = name, []
         notebook = jupytext.read(self.root / f"{name}.md", fmt="md:myst")
-        if heading := re.search(r"^# +(.*)$", "\n".join(c.source for c in notebook.cells if c.cell_type != "code"), re.M):
+        if heading := re.search(
+            r"^# +(.*)$", "\n".join(c.source for c in notebook.cells if c.cell_type != "code"), re.M
+        ):
             self.titles[name] = heading[1].strip()
-        cells = [new_code_cell(INSTALL.replace("URL", f"{self.url}.git").replace("VERSION", self.version).rstrip())]
+        cells = [
+            new_code_cell(INSTALL.replace("URL", f"{self.url}.git").replace("VERSION", self.version).rstrip())
+        ]
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 tags = {"tags": list(cell.metadata.tags)} if cell.metadata.get("tags") else {}
@@ -95,7 +124,7 @@ class Exporter:
     # numbers and names
 
     def number(self, kind, label=None, form="{kind} {number}"):
-        """The next number of this kind in this chapter, as the book writes it; the label is called so from now on."""
+        """The next number of this kind in this chapter, as the book writes it, noted as the label's name."""
         chapter = self.docs[self.doc]
         self.count[chapter, kind] += 1
         number = f"{chapter}.{self.count[chapter, kind]}" if chapter else str(self.count[chapter, kind])
@@ -124,7 +153,7 @@ class Exporter:
         return re.sub(r"\n{3,}", "\n\n", rendered)
 
     def blocks(self, lines):
-        """Render lines: fences and displayed formulas are taken out whole, the text between them goes to `inline`."""
+        """Render lines: fences and displayed formulas are taken out whole; `inline` gets the text between."""
         waiting, i = [], 0
         while i < len(lines):
             line, fence = lines[i], FENCE.match(lines[i])
@@ -142,12 +171,17 @@ class Exporter:
                 yield from self.fenced(fence, lines[i : end + 1])
             else:
                 opening = END_OF_MATH.search(line) if line.count("$$") == 2 else None
-                end = i if opening else next((j for j in range(i + 1, len(lines)) if END_OF_MATH.search(lines[j])), None)
+                end = (
+                    i
+                    if opening
+                    else next((j for j in range(i + 1, len(lines)) if END_OF_MATH.search(lines[j])), None)
+                )
                 if end is None:
-                    raise ValueError(f"{self.doc}.md: this formula is never closed: {line} {''.join(lines[i + 1 : i + 2])}")
-                label = END_OF_MATH.search(lines[end])[1]
-                formula = "\n".join(lines[i : end + 1])
-                yield self.formula(END_OF_MATH.sub("", formula).replace("$$", "", 1), label)
+                    raise ValueError(
+                        f"{self.doc}.md: this formula is never closed: {line} {''.join(lines[i + 1 : i + 2])}"
+                    )
+                pad, formula = "\n".join(lines[i : end + 1]).split("$$", 1)
+                yield pad + self.formula(END_OF_MATH.sub("", formula), END_OF_MATH.search(lines[end])[1], pad)
             i = end + 1
         yield self.inline("\n".join(waiting))
 
@@ -199,12 +233,10 @@ class Exporter:
         inside = self.markdown("\n".join(body)).strip()
         return f"{head}\n\n{inside}{tail}"
 
-    def formula(self, formula, label):
+    def formula(self, formula, label, pad=""):
         tag = rf" \tag{{{self.number('equation', label, '({number})')[1:-1]}}}" if label else ""
-        if "\n" not in formula.rstrip(" "):
-            return f"$${formula.rstrip()}{tag}$$"
-        formula = formula.rstrip()
-        return f"$${formula}{tag}\n$$"
+        end = f"\n{pad}" if "\n" in formula else ""
+        return f"$${formula.rstrip()}{tag}{end}$$"
 
     def caption(self, figure):
         if not figure or not figure.get("caption"):
@@ -246,7 +278,9 @@ class Exporter:
         if role == "eq":
             return self.name(target)
         if role == "doc":
-            name = str((Path(self.doc).parent / target) if not target.startswith("/") else target[1:]).removesuffix(".md")
+            name = str(
+                (Path(self.doc).parent / target) if not target.startswith("/") else target[1:]
+            ).removesuffix(".md")
             return shown or self.titles.get(name) or (self.unknown("page", target) if self.final else "?")
         if role.split(":")[-1] in ("func", "class", "meth", "mod", "attr", "data", "obj", "exc", "file"):
             return f"`{shown or (target.split('.')[-1] if target.startswith('~') else target)}`"
@@ -264,7 +298,9 @@ class Exporter:
             entry = self.references[key]
             self.cited.append(key)
             people = [" ".join(map(str, person.rich_last_names)) for person in entry.persons["author"]]
-            who = people[0] + (" et al." if len(people) > 2 else f" and {people[1]}" if len(people) == 2 else "")
+            who = people[0] + (
+                " et al." if len(people) > 2 else f" and {people[1]}" if len(people) == 2 else ""
+            )
             year = entry.fields.get("year", "n.d.")
             said.append(f"{who} ({year})" if role.endswith(":t") else f"{who}, {year}")
         return ", ".join(said) if role.endswith(":t") else f"({'; '.join(said)})"
@@ -281,7 +317,10 @@ def heading(name, title=""):
 
 def library_version(root):
     stated = tomllib.loads((root / "pyproject.toml").read_text())["project"].get("version")
-    return stated or re.search(r'^__version__ = "(.+)"', (root / "nsgf_lite" / "__init__.py").read_text(), re.M)[1]
+    return (
+        stated
+        or re.search(r'^__version__ = "(.+)"', (root / "nsgf_lite" / "__init__.py").read_text(), re.M)[1]
+    )
 
 
 def table_of_contents(toc):

@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- book/*.ipynb
-exec .venv/bin/python -m pytest --nbval-lax --nbval-kernel-name nsgf-wheel --nbval-cell-timeout 300 \
+exec .venv/bin/python -m pytest --nbval-lax --nbval-kernel-name "${NSGF_KERNEL:-nsgf-wheel}" --nbval-cell-timeout 300 \
   -n "${NSGF_WORKERS:-2}" --dist loadscope "$@"

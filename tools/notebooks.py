@@ -4,8 +4,8 @@
     python tools/notebooks.py colab [--to FOLDER]        book/NAME.md -> colab/book/NAME.ipynb, plain Markdown
 
 The .md is the source. `write` executes a chapter and keeps the outputs of its claim cells only (those tagged
-nbval-check-output), so that the paired notebook stores nothing that another machine would draw differently. A chapter
-whose text, library and notebook are as they were at its last execution is left alone, unless --all is given.
+nbval-check-output), so that the paired notebook stores nothing that another machine would draw differently. A
+chapter whose text, library and notebook are as they were at its last execution is left alone without --all.
 Both commands write the same bytes when they are run again.
 """
 
@@ -27,7 +27,9 @@ TIMEOUT = 600  # seconds a cell may take
 
 def chapters(root=ROOT):
     """The .md files of book/ that have a Jupytext header: those with a notebook beside them."""
-    return [path for path in sorted((root / "book").glob("*.md")) if path.read_text().startswith("---\njupytext:")]
+    return [
+        path for path in sorted((root / "book").glob("*.md")) if path.read_text().startswith("---\njupytext:")
+    ]
 
 
 def is_claim(cell):
@@ -56,11 +58,13 @@ def name_cells(notebook):
 def text(notebook):
     """The bytes of the file: sorted keys, one space of indentation, a newline at the end."""
     nbformat.validate(notebook)
-    return nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1, sort_keys=True).rstrip("\n") + "\n"
+    return (
+        nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1, sort_keys=True).rstrip("\n") + "\n"
+    )
 
 
 def execute(path):
-    """Run a chapter and return its notebook with the outputs of the claim cells; a cell that raises stops it."""
+    """Run a chapter; its notebook with the outputs of the claim cells. A cell that raises stops it."""
     from nbclient import NotebookClient
 
     os.environ.update(NSGF_SCALE="fast", OMP_NUM_THREADS="1")
@@ -121,7 +125,9 @@ def write(names=(), everything=False, root=ROOT):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("write", help="execute the chapters and write the paired notebooks")
     sub.add_argument("names", nargs="*", metavar="NAME")
