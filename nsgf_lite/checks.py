@@ -41,7 +41,9 @@ def check(claim: str, value: float | Tensor, below: float | None = None, above: 
     number = float(value)
     within = (below is None or number < below) and (above is None or number > above)
     if not (math.isfinite(number) and within):
-        bounds = ", ".join(f"{side} {bound:g}" for side, bound in (("above", above), ("below", below)) if bound is not None)
+        bounds = ", ".join(
+            f"{side} {bound:g}" for side, bound in (("above", above), ("below", below)) if bound is not None
+        )
         raise AssertionError(f"broken: {claim}: got {number:.6g}, needed {bounds}")
     print(f"holds: {claim}")
 

@@ -22,7 +22,11 @@ def _covariance(name: str, matrix: Matrix) -> Tensor:
     """Read a covariance, a number standing for a variance in one dimension; ValueError unless positive definite."""
     given = torch.as_tensor(matrix, dtype=torch.float64)
     square = given.reshape(1, 1) if given.ndim == 0 else given
-    if square.ndim != 2 or square.shape[0] != square.shape[1] or not torch.allclose(square, square.T, rtol=0, atol=1e-12):
+    if (
+        square.ndim != 2
+        or square.shape[0] != square.shape[1]
+        or not torch.allclose(square, square.T, rtol=0, atol=1e-12)
+    ):
         raise ValueError(f"{name} must be a symmetric matrix (or a variance), got shape {tuple(given.shape)}")
     if not bool(torch.isfinite(square).all()) or float(torch.linalg.eigvalsh(square)[0]) <= 0:
         raise ValueError(f"{name} must be positive definite, got {given.tolist()}")

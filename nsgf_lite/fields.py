@@ -122,5 +122,10 @@ def exact_plan(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None =
     read_clouds(x=x, y=y)
     a, b = read_weights("a", a, x), read_weights("b", b, y)
     X, Y, a, b = (t.detach().double().cpu() for t in (x, y, a, b))
-    plan = ot.emd((a / a.sum()).numpy(), (b / b.sum()).numpy(), torch.cdist(X, Y).square().numpy(), numItermax=10_000_000)
+    plan = ot.emd(
+        (a / a.sum()).numpy(),
+        (b / b.sum()).numpy(),
+        torch.cdist(X, Y).square().numpy(),
+        numItermax=10_000_000,
+    )
     return torch.from_numpy(plan).to(x.device)

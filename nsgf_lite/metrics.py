@@ -26,7 +26,9 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
     :prf:ref:`thm-small-eps`, :prf:ref:`thm-entropic-gap`
     """
     P = exact_plan(x, y, a, b)
-    distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = torch.cdist(
+        x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     return math.sqrt(float((P * distance.square().to(P)).sum()))
 
 

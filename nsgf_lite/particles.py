@@ -97,5 +97,7 @@ def follow(
             break
         path.append(path[-1] + step * sum(w * v for w, v in zip(average, stages, strict=True)))
         if not bool(torch.isfinite(path[-1]).all()):
-            raise FloatingPointError(f"particles left the finite numbers at step {k} of {steps}; a smaller step than {step:g}?")
+            raise FloatingPointError(
+                f"particles left the finite numbers at step {k} of {steps}; a smaller step than {step:g}?"
+            )
     return torch.stack(path)

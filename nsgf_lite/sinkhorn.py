@@ -49,7 +49,9 @@ def read_clouds(**clouds: Tensor) -> None:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a float32 or float64 tensor, got {got}")
         if x.ndim not in (2, 3) or x.numel() == 0:
-            raise ValueError(f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}"
+            )
         if x.dtype != first.dtype or x.device != first.device:
             raise ValueError(
                 f"{first_name} and {name} must share dtype and device, got {first.dtype} on {first.device} and {x.dtype} on {x.device}"
@@ -67,11 +69,17 @@ def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
     if weights is None:
         return x.new_full(x.shape[:-1], 1 / x.shape[-2])
     if not isinstance(weights, Tensor) or weights.dtype != x.dtype or weights.device != x.device:
-        raise ValueError(f"{name} must be a tensor of dtype {x.dtype} on {x.device}, as its cloud is, got {weights!r:.80}")
+        raise ValueError(
+            f"{name} must be a tensor of dtype {x.dtype} on {x.device}, as its cloud is, got {weights!r:.80}"
+        )
     if weights.shape not in (x.shape[:-1], x.shape[-2:-1]):
-        raise ValueError(f"{name} must have shape {tuple(x.shape[:-1])}, one weight per point, got {tuple(weights.shape)}")
+        raise ValueError(
+            f"{name} must have shape {tuple(x.shape[:-1])}, one weight per point, got {tuple(weights.shape)}"
+        )
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-        raise ValueError(f"{name} must be finite and non-negative, got values from {weights.min():g} to {weights.max():g}")
+        raise ValueError(
+            f"{name} must be finite and non-negative, got values from {weights.min():g} to {weights.max():g}"
+        )
     off = float((weights.sum(-1) - 1).abs().max())
     if off > (1e-6 if x.dtype == torch.float64 else 1e-4):
         raise ValueError(f"{name} must sum to one, got a sum that is off by {off:g}")
@@ -129,7 +137,9 @@ class _Problem:
         return t.squeeze(0) if self.single else t
 
 
-def _read(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int) -> _Problem:
+def _read(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int
+) -> _Problem:
     for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
@@ -189,7 +199,9 @@ def potentials(
     """
     problem = _read(x, y, a, b, eps, tol, max_iter)
     if init is not None and init.g.numel() != problem.b.numel():
-        raise ValueError(f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}")
+        raise ValueError(
+            f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}"
+        )
     solution, _ = problem.solve(tol, max_iter, init)
     f, g = (problem.unbatch(t) for t in solution)
     return Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
@@ -273,14 +285,18 @@ def barycentric_map(
     solution, exponent = problem.solve(tol, max_iter, init)
     f, g = (problem.unbatch(t) for t in solution)
     found = Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
-    return BarycentricMap(y.detach(), problem.unbatch(problem.b).detach(), problem.eps, found, problem.unbatch(exponent))
+    return BarycentricMap(
+        y.detach(), problem.unbatch(problem.b).detach(), problem.eps, found, problem.unbatch(exponent)
+    )
 
 
 class _Cost(torch.autograd.Function):
     """OT_eps of a batch (b,), with first derivatives by the envelope theorem: the potentials need not be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float, own: bool, tol: float, max_iter: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float, own: bool, tol: float, max_iter: int
+    ) -> Tensor:
         problem = _Problem(x, y, a, b, eps, own, False)
         (f, g), _ = problem.solve(tol, max_iter)
         ctx.save_for_backward(x, y, a, b, f, g)

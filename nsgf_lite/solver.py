@@ -20,8 +20,11 @@ from torch import Tensor
 
 PLANE = 8  # up to this dimension the cost is summed coordinate by coordinate; above, inner products are more accurate
 CHECK = 8  # iterations between two looks at the error
-NEWTON_AFTER = 600  # iterations after which Newton's method takes over, where a dense linear solve is affordable
+NEWTON_AFTER = (
+    600  # iterations after which Newton's method takes over, where a dense linear solve is affordable
+)
 NEWTON_SIZE = 2**22
+NEWTON_STEPS = 400
 
 # The problem in the form the iterations want ---------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ def alternate(
         if temperature <= eps and (error <= tol or steps >= max_iter):
             return f, g, steps, error
         if temperature <= eps and steps >= NEWTON_AFTER and K[0].numel() <= NEWTON_SIZE:
-            return newton(H, a, b, eps, f, g, steps, tol, max_iter)
+            return newton(H, a, b, eps, g, steps, tol, max_iter)
         temperature = max(eps, temperature / 8)
 
 
@@ -113,39 +116,41 @@ def _relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
 
 
 def newton(
-    H: Tensor, a: Tensor, b: Tensor, eps: float, f: Tensor, g: Tensor, steps: int, tol: float, max_iter: int
+    H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, tol: float, max_iter: int
 ) -> Solution:
-    """Damped Newton ascent of the concave dual, in float64, with f eliminated from each linear system."""
+    """Damped Newton ascent of the semi-dual ``g -> <a, A g> + <b, g>``, concave, in float64; each f is an exact row step."""
     given = H.dtype
-    H, a, b, f, g = (t.double() for t in (H, a, b, f, g))
-    ab = a.unsqueeze(-1) * b.unsqueeze(-2)
+    H, a, b, g = (t.double() for t in (H, a, b, g))
+    last = min(max_iter, steps + NEWTON_STEPS)
 
-    def dual(f: Tensor, g: Tensor) -> Tensor:
-        return (a * f).sum(-1) + (b * g).sum(-1) - eps * (ab * _kernel(H, f, g, eps)).sum((-2, -1))
+    def row_step(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        S = torch.add(H, g.unsqueeze(-2)).div_(eps).add_(b.log().unsqueeze(-2))
+        f = -eps * torch.logsumexp(S, -1)
+        return S, f, (a * f).sum(-1) + (b * g).sum(-1)
 
+    S, f, dual = row_step(g)
     while True:
-        P = _kernel(H, f, g, eps).mul_(ab)
-        rows, columns = P.sum(-1).clamp_min(1e-300), P.sum(-2)
-        error = float(torch.maximum((rows - a).abs().sum(-1), (columns - b).abs().sum(-1)).max())
-        if error <= tol or steps >= max_iter:
-            return f.to(given), g.to(given), steps, error
-        # The Hessian is singular along (1, -1), and where a weight is zero: a rank-one term and a diagonal mend it.
+        rows = torch.softmax(S, -1)
+        P = rows * a.unsqueeze(-1)
+        columns = P.sum(-2)
+        error = float((columns - b).abs().sum(-1).max())
+        if error <= tol or steps >= last:
+            extended = -eps * torch.logsumexp((H + f.unsqueeze(-1)) / eps + a.log().unsqueeze(-1), -2)
+            return f.to(given), torch.where(b > 0, g, extended).to(given), steps, error
+        # The Hessian is singular along constants, and where a weight is zero: a rank-one term and a diagonal mend it.
         level = columns.mean(-1, keepdim=True)
-        A = torch.diag_embed(columns + level * 1e-15 + (b == 0)) - P.mT @ (P / rows.unsqueeze(-1))
+        A = torch.diag_embed(columns + 1e-15 * level + (b == 0)) - rows.mT @ P
         factor, _ = torch.linalg.cholesky_ex(A + (level / b.shape[-1]).unsqueeze(-1))
-        right = b - columns - _times(P.mT, (a - rows) / rows)
-        dg = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-        df = (a - rows - _times(P, dg)) / rows
+        ascent = torch.cholesky_solve((b - columns).unsqueeze(-1), factor).squeeze(-1)
         # Exponentials are trusted over a few units of eps, and a step must not lower the dual.
-        size = (3 / torch.maximum(df.abs().amax(-1), dg.abs().amax(-1))).clamp_max(1)
-        now = dual(f, g)
+        size = (3 / ascent.abs().amax(-1, keepdim=True)).clamp_max(1)
         for _ in range(40):
-            s = (eps * size).unsqueeze(-1)
-            lower = dual(f + s * df, g + s * dg) < now - 1e-14 * now.abs()
+            S, f, value = row_step(g + eps * size * ascent)
+            lower = value < dual - 1e-14 * dual.abs()
             if not bool(lower.any()):
                 break
-            size = torch.where(lower, size / 2, size)
-        f, g, steps = f + s * df, g + s * dg, steps + 1
+            size = torch.where(lower.unsqueeze(-1), size / 2, size)
+        g, dual, steps = g + eps * size * ascent, value, steps + 1
 
 
 def averaged(H: Tensor, a: Tensor, eps: float, f: Tensor, tol: float, max_iter: int) -> Solution:

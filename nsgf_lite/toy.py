@@ -30,7 +30,9 @@ def _check(n: int, generator: Generator) -> None:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be a positive integer, got {n!r}")
     if not isinstance(generator, Generator):
-        raise ValueError(f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}")
+        raise ValueError(
+            f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,4 +176,6 @@ class Spiral:
         root = _uniform(n, generator, dtype).sqrt()
         angle = 2 * math.pi * self.turns * root
         arm = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, -1.0) * self.scale * root
-        return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(n, generator, dtype)
+        return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(
+            n, generator, dtype
+        )
