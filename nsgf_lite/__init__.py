@@ -2,16 +2,15 @@
 
 from nsgf_lite import closed_forms, fields, metrics, plots, toy
 from nsgf_lite.checks import check, scale
+from nsgf_lite.divergence import entropic_cost, sinkhorn_divergence
 from nsgf_lite.particles import follow
 from nsgf_lite.sinkhorn import (
     BarycentricMap,
     ConvergenceWarning,
     Potentials,
     barycentric_map,
-    entropic_cost,
     plan,
     potentials,
-    sinkhorn_divergence,
 )
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Velocity fields: each a small frozen dataclass of hyperparameters, all called ``field(x, y, at=None, a=None, b=None)``."""
+"""Velocity fields: small frozen dataclasses of hyperparameters, all called ``field(x, y, at=None, a=None, b=None)``."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -66,7 +66,7 @@ class Sinkhorn:
     ) -> Tensor:
         """Velocity (n, d) of the particles x towards the data y, or (k, d) at the points `at`.
 
-        ``warm``, a dict, is read for potentials to start from and left with the new ones: pass the same one along a path.
+        ``warm``, a dict, is read for potentials to start from and left with the new ones: keep one along a path.
         """
         memory: Warm = {} if warm is None else warm
         towards = barycentric_map(x, y, self.eps, a, b, tol=self.tol, init=memory.get("towards"))
@@ -100,7 +100,7 @@ class Wasserstein:
         generator: Generator | None = None,
         warm: Warm | None = None,
     ) -> Tensor:
-        """Velocity (n, d) of the particles x (n, d) with weights a towards the data y (m, d); particles of weight zero rest."""
+        """Velocity (n, d) of the particles x (n, d) towards the data y (m, d); particles of weight zero rest."""
         if at is not None:
             raise ValueError("at must be None: the exact plan gives a velocity at the particles only")
         read_clouds(x=x, y=y)

@@ -26,16 +26,14 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
     :prf:ref:`thm-small-eps`, :prf:ref:`thm-entropic-gap`
     """
     P = exact_plan(x, y, a, b)
-    distance = torch.cdist(
-        x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
     return math.sqrt(float((P * distance.square().to(P)).sum()))
 
 
 def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
     """Squared maximum mean discrepancy with the kernel ``exp(-|x-y|^2 / (2 h^2))``, biased (never negative), no unit.
 
-    Clouds (n, d), (m, d). The bandwidth h is by default the median distance between distinct points of the two clouds together.
+    Clouds (n, d), (m, d). The bandwidth h is by default the median distance between distinct points of both clouds.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -80,11 +81,11 @@ def follow(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     given = {"a": a, "b": b, "generator": generator}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # A field that can start from its last solution is given a place to keep it.
     warm: Warm = {}
     if "warm" in inspect.signature(field).parameters:
-        options["warm"] = warm  # type: ignore[assignment]
+        options["warm"] = warm
     path = [x]
     for k in tqdm(range(1, steps + 1), desc="follow", disable=not progress):
         stages: list[Tensor] = []

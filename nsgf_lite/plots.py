@@ -48,9 +48,7 @@ def use() -> None:
     )
 
 
-def cloud(
-    ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, size: float = 8, **options: Any
-) -> None:
+def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, size: float = 8, **options: Any) -> None:
     """Draw points (n, 2) on axes of equal scale.
 
     Raises
@@ -112,9 +110,7 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
         plt.close(figure)
         data = base64.b64encode(page.getvalue()).decode()
         text = escape(alt.format(value=value), quote=True)
-        images.append(
-            HTML(f'<img alt="{text}" src="data:image/png;base64,{data}" style="width:100%;max-width:704px">')
-        )
+        images.append(HTML(f'<img alt="{text}" src="data:image/png;base64,{data}" style="width:100%;max-width:704px">'))
     stack = Stack(images, selected_index=0, layout=Layout(width="100%"))
     slider = IntSlider(
         value=0,

@@ -1,17 +1,15 @@
-"""Entropic optimal transport between point clouds: potentials, plans, barycentric maps, the Sinkhorn divergence.
+"""Entropic optimal transport between point clouds: potentials, plans and barycentric maps.
 
-Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length, solved to a stated tolerance by :mod:`nsgf_lite.solver`.
+Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length; :mod:`nsgf_lite.solver` does the iterations.
 """
 
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsgf_lite.solver import affinity, alternate, averaged
 
@@ -49,16 +47,16 @@ def read_clouds(**clouds: Tensor) -> None:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a float32 or float64 tensor, got {got}")
         if x.ndim not in (2, 3) or x.numel() == 0:
-            raise ValueError(
-                f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}")
         if x.dtype != first.dtype or x.device != first.device:
             raise ValueError(
-                f"{first_name} and {name} must share dtype and device, got {first.dtype} on {first.device} and {x.dtype} on {x.device}"
+                f"{first_name} and {name} must share dtype and device, got {first.dtype} on {first.device} "
+                f"and {x.dtype} on {x.device}"
             )
         if x.ndim != first.ndim or x.shape[-1] != first.shape[-1] or x.shape[:-2] != first.shape[:-2]:
             raise ValueError(
-                f"{first_name} and {name} must agree in batch and dimension, got {tuple(first.shape)} and {tuple(x.shape)}"
+                f"{first_name} and {name} must agree in batch and dimension, "
+                f"got {tuple(first.shape)} and {tuple(x.shape)}"
             )
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} must be finite, got NaN or inf")
@@ -92,11 +90,11 @@ def _read_numbers(eps: float, tol: float, max_iter: int) -> None:
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
-# What a reader calls ---------------------------------------------------------------------------------------------------
+# What a reader calls ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Two clouds with weights, (b,n,d), (b,m,d), (b,n), (b,m), checked; `own` if they are one and the same."""
 
     x: Tensor
@@ -108,7 +106,7 @@ class _Problem:
     single: bool
 
     def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
-        """Potentials (batched), and the kernel's exponent ``(f + g - c) / eps`` without f, for whoever needs the plan."""
+        """Potentials (batched), and the plan's exponent ``(g - c) / eps`` up to a term in x."""
         with torch.no_grad():
             centre = self.y.mean(-2, keepdim=True)
             H, p, q = affinity(self.x - centre, self.y - centre)
@@ -125,9 +123,9 @@ class _Problem:
             tilt = ((self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)) / 2
         if not error <= goal:
             warnings.warn(
-                f"potentials stopped after {steps} steps at marginal error {error:.2g}, not {goal:.2g}. eps = {self.eps:g} is "
-                f"{self.eps / max(mean_cost, 1e-300):.1g} of the mean cost {mean_cost:.3g}; a larger eps or max_iter, "
-                "or float64, would help.",
+                f"potentials stopped after {steps} steps at marginal error {error:.2g}, not {goal:.2g}. "
+                f"eps = {self.eps:g} is {self.eps / max(mean_cost, 1e-300):.1g} of the mean cost {mean_cost:.3g}; "
+                "a larger eps or max_iter, or float64, would help.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -137,9 +135,9 @@ class _Problem:
         return t.squeeze(0) if self.single else t
 
 
-def _read(
+def read_problem(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int
-) -> _Problem:
+) -> Problem:
     for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
@@ -148,7 +146,7 @@ def _read(
     a, b = read_weights("a", a, x), read_weights("b", b, y)
     if single:
         x, y, a, b = (t.unsqueeze(0) for t in (x, y, a, b))
-    return _Problem(x, y, a, b, float(eps), own, single)
+    return Problem(x, y, a, b, float(eps), own, single)
 
 
 def potentials(
@@ -191,17 +189,15 @@ def potentials(
 
     Source
     ------
-    Cuturi (2013); over-relaxation after Thibault et al. (2021) and Lehmann et al. (2022); absorption after Schmitzer (2019).
+    Cuturi (2013); over-relaxation: Thibault et al. (2021), Lehmann et al. (2022); absorption: Schmitzer (2019).
 
     Used in
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-sinkhorn-equations`, :prf:ref:`thm-first-variation`
     """
-    problem = _read(x, y, a, b, eps, tol, max_iter)
+    problem = read_problem(x, y, a, b, eps, tol, max_iter)
     if init is not None and init.g.numel() != problem.b.numel():
-        raise ValueError(
-            f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}"
-        )
+        raise ValueError(f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}")
     solution, _ = problem.solve(tol, max_iter, init)
     f, g = (problem.unbatch(t) for t in solution)
     return Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
@@ -225,7 +221,7 @@ def plan(
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-two-atoms`
     """
-    problem = _read(x, y, a, b, eps, tol, max_iter)
+    problem = read_problem(x, y, a, b, eps, tol, max_iter)
     _, exponent = problem.solve(tol, max_iter)
     # The last step made the rows exact; the softmax is that step.
     rows = torch.softmax(exponent + problem.b.log().unsqueeze(-2), -1)
@@ -234,7 +230,7 @@ def plan(
 
 @dataclass(frozen=True)
 class BarycentricMap:
-    """The barycentric projection T of an entropic plan, and the potential f whose gradient is ``x - T(x)``, on all of R^d."""
+    """The barycentric projection T of an entropic plan and the potential f, whose gradient is ``x - T(x)``, on R^d."""
 
     y: Tensor
     b: Tensor
@@ -281,98 +277,10 @@ def barycentric_map(
     -------
     :prf:ref:`thm-potential-gradient`, :prf:ref:`thm-sinkhorn-velocity`
     """
-    problem = _read(x, y, a, b, eps, tol, max_iter)
+    problem = read_problem(x, y, a, b, eps, tol, max_iter)
     solution, exponent = problem.solve(tol, max_iter, init)
     f, g = (problem.unbatch(t) for t in solution)
     found = Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
     return BarycentricMap(
         y.detach(), problem.unbatch(problem.b).detach(), problem.eps, found, problem.unbatch(exponent)
     )
-
-
-class _Cost(torch.autograd.Function):
-    """OT_eps of a batch (b,), with first derivatives by the envelope theorem: the potentials need not be differentiated."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float, own: bool, tol: float, max_iter: int
-    ) -> Tensor:
-        problem = _Problem(x, y, a, b, eps, own, False)
-        (f, g), _ = problem.solve(tol, max_iter)
-        ctx.save_for_backward(x, y, a, b, f, g)
-        ctx.eps, ctx.own = eps, own
-        return (a * f).sum(-1) + (b * g).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, a, b, f, g = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        weight = grad.unsqueeze(-1) * (2 if ctx.own else 1)
-
-        def pull(x: Tensor, y: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-            towards = BarycentricMap(y, b, ctx.eps, Potentials(g, g, 0, 0.0, True), g)
-            return (weight * a).unsqueeze(-1) * (x - towards(x))
-
-        dx = pull(x, y, a, b, g) if need[0] else None
-        dy = pull(y, x, b, a, f) if need[1] and not ctx.own else None
-        da = weight * f if need[2] else None
-        db = weight * g if need[3] and not ctx.own else None
-        return dx, dy, da, db, None, None, None, None
-
-
-def entropic_cost(
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    tol: float = 1e-4,
-    max_iter: int = 10_000,
-) -> Tensor:
-    """Entropic cost ``OT_eps = min <plan, c> + eps KL(plan | a x b)``, a scalar or (b,), in units of squared length.
-
-    Differentiable once in x, y, a and b, by the envelope theorem; the derivatives in a and b are the potentials,
-    meant for perturbations of zero total mass. A second derivative raises RuntimeError. Arguments and errors as in
-    :func:`potentials`.
-
-    Source
-    ------
-    Feydy et al. (2019), equation 9 and Proposition 2.
-
-    Used in
-    -------
-    :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-entropic-gap`
-    """
-    problem = _read(x, y, a, b, eps, tol, max_iter)
-    cost = _Cost.apply(problem.x, problem.y, problem.a, problem.b, problem.eps, problem.own, tol, max_iter)
-    return problem.unbatch(cost)
-
-
-def sinkhorn_divergence(
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    *,
-    tol: float = 1e-4,
-    max_iter: int = 10_000,
-) -> Tensor:
-    """Sinkhorn divergence ``S_eps = OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2``, a scalar or (b,).
-
-    Differentiable once in x, y, a and b, as :func:`entropic_cost` is. Arguments and errors as in :func:`potentials`.
-
-    Source
-    ------
-    Feydy et al. (2019), equation 3; Zhu et al. (2024), Definition 2.
-
-    Used in
-    -------
-    :prf:ref:`thm-positivity`, :prf:ref:`thm-first-variation`
-    """
-    cost = entropic_cost(x, y, eps, a, b, tol=tol, max_iter=max_iter)
-    own_x = entropic_cost(x, x, eps, a, a, tol=tol, max_iter=max_iter)
-    own_y = entropic_cost(y, y, eps, b, b, tol=tol, max_iter=max_iter)
-    return cost - (own_x + own_y) / 2

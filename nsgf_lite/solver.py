@@ -1,9 +1,9 @@
-"""The iterations of Sinkhorn's algorithm, fast and to a tolerance; :mod:`nsgf_lite.sinkhorn` gives them their public face.
+"""The iterations of Sinkhorn's algorithm, fast and to a tolerance; :mod:`nsgf_lite.sinkhorn` is their public face.
 
 The dual potentials f, g make ``P_ij = a_i exp((f_i + g_j - c_ij) / eps) b_j`` a coupling. Each half step mends one
 marginal. Five ideas make this fast, and let it reach any tolerance that the arithmetic allows:
 
-* *kernel domain*: exponentiate once, ``K = exp((f + g - c) / eps)``, then iterate on scalings ``u, v`` by products with K,
+* *kernel domain*: exponentiate once, ``K = exp((f + g - c) / eps)``, then iterate on scalings u, v by products with K,
   ten times cheaper than a pass of exponentials; absorb ``eps log u, eps log v`` into f, g when the scalings grow;
 * *annealing*: a few half steps at large temperatures first, eight times smaller each time;
 * *over-relaxation*: ``u <- u^(1-w) (1 / K b v)^w`` with w from the observed rate, lowered when the error stops falling;
@@ -18,11 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-PLANE = 8  # up to this dimension the cost is summed coordinate by coordinate; above, inner products are more accurate
+PLANE = 8  # up to this dimension the cost is summed by coordinates; above, inner products are more accurate
 CHECK = 8  # iterations between two looks at the error
-NEWTON_AFTER = (
-    600  # iterations after which Newton's method takes over, where a dense linear solve is affordable
-)
+NEWTON_AFTER = 600  # iterations after which Newton's method takes over, where a dense linear solve is affordable
 NEWTON_SIZE = 2**22
 NEWTON_STEPS = 400
 
@@ -45,7 +43,7 @@ def affinity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _times(K: Tensor, w: Tensor) -> Tensor:
-    """Matrix times vector over a batch, (b,n,m) and (b,m) to (b,n); on CPU a loop of products is faster than ``bmm``."""
+    """Matrix times vector over a batch, (b,n,m) and (b,m) to (b,n); on a CPU a loop is faster than ``bmm``."""
     if K.is_cuda:
         return torch.bmm(K, w.unsqueeze(-1)).squeeze(-1)
     return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(K, w, strict=True)])
@@ -65,7 +63,7 @@ def _spread(*scalings: Tensor) -> float:
     return max(float((u.amax(-1) / u.amin(-1)).max()) for u in scalings)
 
 
-# The iterations: each returns f, g, the number of steps and the L1 marginal error reached --------------------------------
+# The iterations: each returns f, g, the number of steps, and the L1 marginal error reached --------------------------
 
 Solution = tuple[Tensor, Tensor, int, float]
 
@@ -74,7 +72,8 @@ def alternate(
     H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, temperature: float, tol: float, max_iter: int
 ) -> Solution:
     """Alternate half steps from g, annealing from the given temperature down to eps; ends on a row step."""
-    small, steps, w, error, K, history = torch.finfo(H.dtype).tiny ** 0.5, 0, 1.0, math.inf, None, []
+    small, steps, w, error, K, history = torch.finfo(H.dtype).tiny ** 0.5, 0, 1.0, math.inf, None, list[float]()
+    patience = NEWTON_AFTER if H[0].numel() <= NEWTON_SIZE else max_iter
     while True:
         # A row step in the log domain: the largest entry of each row becomes one, so that no row underflows.
         K = torch.add(H, g.unsqueeze(-2), out=K).div_(temperature)
@@ -89,14 +88,14 @@ def alternate(
                 break
             if temperature <= eps and step % CHECK == 0:
                 error = _l1(b, v * _times(K.mT, a / row))
-                if error <= tol or steps >= min(max_iter, NEWTON_AFTER) or _spread(row, v) > small**-0.5:
+                if error <= tol or steps >= min(max_iter, patience) or _spread(row, v) > small**-0.5:
                     break
                 w, history = _relaxation(w, [*history, error])
             u = (u * (u * row) ** -w).clamp_max_(1 / small)
         f, g = f - temperature * row.log(), g + temperature * v.log()
         if temperature <= eps and (error <= tol or steps >= max_iter):
             return f, g, steps, error
-        if temperature <= eps and steps >= NEWTON_AFTER and K[0].numel() <= NEWTON_SIZE:
+        if temperature <= eps and steps >= patience:
             return newton(H, a, b, eps, g, steps, tol, max_iter)
         temperature = max(eps, temperature / 8)
 
@@ -104,7 +103,7 @@ def alternate(
 def _relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
     """Over-relaxation exponent for the next steps, and the errors seen under it so far.
 
-    The plain iteration (w = 1) contracts at a rate r that two looks reveal, and Young's optimum is ``2 / (1 + sqrt(1-r))``.
+    The plain iteration (w = 1) contracts at a rate r that two looks reveal; Young's optimum is ``2 / (1 + sqrt(1-r))``.
     The guard: four looks without progress bring w back towards one, where convergence is certain.
     """
     if w == 1 and len(history) > 1 and history[-1] < history[-2]:
@@ -115,10 +114,8 @@ def _relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
     return w, history
 
 
-def newton(
-    H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, tol: float, max_iter: int
-) -> Solution:
-    """Damped Newton ascent of the semi-dual ``g -> <a, A g> + <b, g>``, concave, in float64; each f is an exact row step."""
+def newton(H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, tol: float, max_iter: int) -> Solution:
+    """Damped Newton ascent of the concave semi-dual ``g -> <a, A g> + <b, g>``, in float64; f is an exact row step."""
     given = H.dtype
     H, a, b, g = (t.double() for t in (H, a, b, g))
     last = min(max_iter, steps + NEWTON_STEPS)
@@ -140,7 +137,10 @@ def newton(
         # The Hessian is singular along constants, and where a weight is zero: a rank-one term and a diagonal mend it.
         level = columns.mean(-1, keepdim=True)
         A = torch.diag_embed(columns + 1e-15 * level + (b == 0)) - rows.mT @ P
-        factor, _ = torch.linalg.cholesky_ex(A + (level / b.shape[-1]).unsqueeze(-1))
+        A += (level / b.shape[-1]).unsqueeze(-1)
+        factor, failed = torch.linalg.cholesky_ex(A)
+        if bool(failed.any()):
+            factor, _ = torch.linalg.cholesky_ex(A + torch.diag_embed((1e-11 * level).expand(b.shape)))
         ascent = torch.cholesky_solve((b - columns).unsqueeze(-1), factor).squeeze(-1)
         # Exponentials are trusted over a few units of eps, and a step must not lower the dual.
         size = (3 / ascent.abs().amax(-1, keepdim=True)).clamp_max(1)

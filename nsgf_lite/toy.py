@@ -1,4 +1,4 @@
-"""Two-dimensional laws to flow from and to; each says its scale, because scale dominates every distance reported on it."""
+"""Two-dimensional laws to flow from and to; each states its scale, which dominates every distance reported on it."""
 
 import math
 from dataclasses import dataclass
@@ -30,9 +30,7 @@ def _check(n: int, generator: Generator) -> None:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be a positive integer, got {n!r}")
     if not isinstance(generator, Generator):
-        raise ValueError(
-            f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}"
-        )
+        raise ValueError(f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Circles:
 
 @dataclass(frozen=True)
 class Spiral:
-    """Two Archimedean arms: ``r = scale * sqrt(u)`` at angle ``turns * 2π sqrt(u)``, u uniform, the second arm opposite the first.
+    """Two opposite Archimedean arms: ``r = scale * sqrt(u)`` at angle ``turns * 2π sqrt(u)``, u uniform, with noise.
 
     Used in: field_zoo.
     """
@@ -176,6 +174,4 @@ class Spiral:
         root = _uniform(n, generator, dtype).sqrt()
         angle = 2 * math.pi * self.turns * root
         arm = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, -1.0) * self.scale * root
-        return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(
-            n, generator, dtype
-        )
+        return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(n, generator, dtype)
