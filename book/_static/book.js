@@ -1,10 +1,16 @@
-// Folded proofs and solutions are opened for printing, and closed again afterwards.
+// Paper is white and folded proofs cannot be clicked there: both are put right for printing, and back afterwards.
 let opened = [];
+let theme;
 window.addEventListener("beforeprint", () => {
   opened = [...document.querySelectorAll("details:not([open])")];
   opened.forEach((details) => (details.open = true));
+  theme = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
 });
-window.addEventListener("afterprint", () => opened.forEach((details) => (details.open = false)));
+window.addEventListener("afterprint", () => {
+  opened.forEach((details) => (details.open = false));
+  if (theme) document.documentElement.dataset.theme = theme;
+});
 
 // A link to something inside a folded proof or solution opens it.
 function unfold() {
