@@ -48,10 +48,10 @@ MATHEMATICS = r"""() => {
   };
 }"""
 
-PICTURES = r"""() => [...document.querySelectorAll("main img")].map(
+PICTURES = r"""() => [...document.querySelectorAll("main img:not([src*='_static/minus.png'])")].map(
   img => ({alt: img.alt, loads: img.naturalWidth > 0, source: img.src.slice(0, 80)}))"""
 
-# What sticks out of the window: visible pieces of the article beyond its edges, if nothing around them scrolls.
+# What sticks out of the window: visible pieces of the article beyond its edges, where no scroll bar leads.
 OVERFLOW = r"""() => {
   const pieces = "p, li, h1, h2, h3, h4, dt, dd, pre, table, img, mjx-container, .jupyter-widgets";
   const article = document.querySelector("article");
@@ -88,7 +88,7 @@ class Visits(dict):
     """{page: what was seen there}, filled as pages are asked for."""
 
     def __init__(self, browser, origin):
-        self.origin, self.left_origin = origin, []
+        self.browser, self.origin, self.left_origin = browser, origin, []
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
         self.context.route("**/*", self.guard)
 
@@ -106,9 +106,7 @@ class Visits(dict):
         page.goto(self.origin + name)
         widgets = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
         if widgets:
-            page.wait_for_function(
-                f"document.querySelectorAll('.jupyter-widgets [role=slider]').length >= {widgets}"
-            )
+            page.wait_for_function(f"document.querySelectorAll('.jupyter-widgets [role=slider]').length >= {widgets}")
         page.evaluate(SETTLE)
         return page, problems, widgets
 
@@ -159,13 +157,13 @@ class Visits(dict):
             if not page.evaluate("name => document.getElementById(name).checkVisibility()", name):
                 buried.append(name)
         page.evaluate(shut)
-        folds = page.locator("article details > summary, article .toggle-hidden > .toggle-button").all()
+        folds = page.locator("article details > summary, article .toggle .toggle-button").all()
         stuck = []
         for fold in folds:
             fold.scroll_into_view_if_needed()
             fold.click(position={"x": 8, "y": 8})
             if not fold.evaluate(
-                "e => e.parentElement.open ?? !e.parentElement.classList.contains('toggle-hidden')"
+                "e => e.closest('details')?.open ?? !e.closest('.toggle').classList.contains('toggle-hidden')"
             ):
                 stuck.append(fold.inner_text()[:60])
         return len(folds), stuck, buried
@@ -192,6 +190,11 @@ def visits():
         browser.close()
     server.shutdown()
     server.server_close()
+
+
+def described(picture):
+    """Whether a picture has a text in words, not the name of a file, which Sphinx takes where it has none."""
+    return len(picture["alt"]) >= 10 and not re.search(r"\.(png|svg|jpe?g)$", picture["alt"])
 
 
 @each_page
@@ -222,7 +225,7 @@ def test_light_and_dark(visits, name):
 def test_pictures_load_and_are_described(visits, name):
     for picture in visits[name]["pictures"]:
         assert picture["loads"], picture
-        assert len(picture["alt"]) >= 10 and not re.search(r"\.(png|svg|jpe?g)$", picture["alt"]), picture
+        assert described(picture), picture
 
 
 @each_page
@@ -239,6 +242,29 @@ def test_sliders_work_by_keyboard_without_a_kernel(visits, name):
 def test_folded_parts_open(visits, name):
     assert not visits[name]["stuck"], "stays closed when clicked"
     assert not visits[name]["buried"], "formulas in a folded proof that a link to them does not open"
+
+
+FAULTY = r"""<body style="margin: 0"><main><article>
+<p>Raw $x$</p><p>Raw \(y\)</p><p>Raw \alpha</p><pre>$not$ \raw</pre>
+<span class="math">x</span> <mjx-merror data-mjx-error="Undefined control sequence"></mjx-merror>
+<img src="none.png" alt="none.png"> <div style="overflow-x: hidden"><p style="width: 3000px">Too wide.</p></div>
+<div style="overflow-x: auto"><p style="width: 3000px">Can be scrolled.</p></div>
+<img src="https://example.org/picture.png" alt="A picture from elsewhere">
+</article></main><script>throw new Error("broken")</script>"""
+
+
+def test_faults_are_seen(visits):
+    """A page with one fault of each kind, looked at in the same way."""
+    here = type(visits)(visits.browser, visits.origin)
+    here.context.route(f"{here.origin}faulty.html", lambda r: r.fulfill(body=FAULTY, content_type="text/html"))
+    seen = here["faulty.html"]
+    assert len(seen["mathematics"]["raw"]) == 3
+    assert seen["mathematics"]["bare"] == ["x"] and len(seen["mathematics"]["errors"]) == 1
+    assert [described(picture) and picture["loads"] for picture in seen["pictures"]] == [False, False]
+    assert [len(out) for out in seen["overflow"].values()] == [1] * 4
+    assert here.left_origin == ["https://example.org/picture.png"]
+    assert any("broken" in problem for problem in seen["problems"])
+    assert any("404" in problem for problem in seen["problems"])
 
 
 def test_something_was_tested(visits):
@@ -283,9 +309,7 @@ def test_internal_links_lead_somewhere(name):
             continue
         address, place = urldefrag(urljoin(f"/{name}", link))
         target = SITE / unquote(address).lstrip("/")
-        if not target.is_file() or (
-            target.suffix == ".html" and unquote(place) not in links_of(target).places
-        ):
+        if not target.is_file() or (target.suffix == ".html" and unquote(place) not in links_of(target).places):
             broken.append(link)
     assert not broken
 
