@@ -44,7 +44,7 @@ def chapter_title(text: str) -> str:
 
 def statements(root: Path = ROOT) -> Iterator[Statement]:
     """Every theorem, proposition, lemma and corollary of the book, in order."""
-    opening = re.compile(r"^:{3,}\{prf:(%s)\}[ \t]*(.*)\n((?::[\w-]+:.*\n)*)" % "|".join(KINDS), re.M)
+    opening = re.compile(rf"^:{{3,}}\{{prf:({'|'.join(KINDS)})\}}[ \t]*(.*)\n((?::[\w-]+:.*\n)*)", re.M)
     for page in pages(root):
         source = root / f"{page}.md"
         if not source.exists():
@@ -60,7 +60,7 @@ def name_of_test(label: str) -> str:
 
 
 def execution_key(root: Path = ROOT) -> str:
-    """A hash of what a chapter's outputs depend on beside its own text: the library, recorded results, the scale, torch."""
+    """A hash of what outputs depend on beside their chapter's text: the library, recorded results, the scale, torch."""
     digest = hashlib.sha256()
     for path in sorted([*root.glob("nsgf_lite/**/*.py"), *root.glob("book/results/**/*")]):
         if path.is_file() and path.name != "mutations.json":
@@ -125,10 +125,10 @@ def theorems_table(root: Path = ROOT) -> str:
         if not here:
             continue
         title = chapter_title((root / f"{page}.md").read_text(encoding="utf-8"))
-        rows = [
-            (f"{{prf:ref}}`{s.label}`", s.title, f"`{name_of_test(s.label)}`", str(len(killed.get(name_of_test(s.label), ()))))
-            for s in here
-        ]
+        rows = []
+        for s in here:
+            test = name_of_test(s.label)
+            rows.append((f"{{prf:ref}}`{s.label}`", s.title, f"`{test}`", str(len(killed.get(test, ())))))
         header = ("Statement", "What it says", "Its test", "Mutations it catches")
         parts.append(f"## {{doc}}`{title} </{page}>`\n\n{table(header, rows)}")
     return "\n\n".join(parts)
