@@ -1,0 +1,362 @@
+"""One test for each theorem of the chapter book/sinkhorn_divergence.md.
+
+Stricter than the chapter's cells: several seeds, unequal weights, clouds
+of different sizes, float64.  A plain log-domain Sinkhorn iteration is
+written out here as an oracle that shares no code with the library.
+"""
+
+import math
+
+import pytest
+import torch
+
+import nsgf_lite as nl
+from nsgf_lite.closed_forms import gaussian_divergence, gaussian_map, gaussian_ot
+
+F64 = torch.float64
+
+
+def random(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(n, generator):
+    w = 0.2 + torch.rand(n, generator=generator, dtype=F64)
+    return w / w.sum()
+
+
+def problem(seed, n=7, m=11, d=2):
+    """Two weighted clouds of different sizes; nothing uniform."""
+    generator = random(seed)
+    x = torch.randn(n, d, generator=generator, dtype=F64)
+    y = 0.7 * torch.randn(m, d, generator=generator, dtype=F64) + 0.4
+    return x, weights(n, generator), y, weights(m, generator)
+
+
+def cost(x, y):
+    return 0.5 * ((x[:, None, :] - y[None, :, :]) ** 2).sum(-1)
+
+
+def plain_cost(x, y, eps, a, b, sweeps=3000):
+    """OT_eps by alternating log-domain updates, nothing else."""
+    c, g = cost(x, y), torch.zeros(len(y), dtype=F64)
+    for _ in range(sweeps):
+        f = -eps * torch.logsumexp((g - c) / eps + b.log(), 1)
+        new = -eps * torch.logsumexp((f[:, None] - c) / eps + a.log()[:, None], 0)
+        done = (new - g).abs().max() < 1e-13
+        g = new
+        if done:
+            break
+    return (a @ f + b @ g).item()
+
+
+def plain_divergence(x, y, eps, a, b):
+    own = plain_cost(x, x, eps, a, a) + plain_cost(y, y, eps, b, b)
+    return plain_cost(x, y, eps, a, b) - own / 2
+
+
+def divergence(x, y, eps, a=None, b=None):
+    return nl.sinkhorn_divergence(x, y, eps, a, b, tol=1e-12).item()
+
+
+def entropic(x, y, eps, a=None, b=None):
+    return nl.entropic_cost(x, y, eps, a, b, tol=1e-12).item()
+
+
+def tilted(x, a, eps):
+    """The measure U = exp(f_aa / eps) a of the positivity theorem."""
+    return a * (nl.potentials(x, x, eps, a, a, tol=1e-12).f / eps).exp()
+
+
+def inner(x, u, y, v, eps):
+    return (u @ torch.exp(-cost(x, y) / eps) @ v).item()
+
+
+def entropy(a):
+    return -torch.xlogy(a, a).sum().item()
+
+
+def on_grid(mean, covariance, n):
+    """A Gaussian as weighted points, six deviations to each side."""
+    mean = torch.as_tensor(mean, dtype=F64)
+    line = torch.linspace(-6, 6, n, dtype=F64)
+    z = torch.cartesian_prod(*[line] * len(mean)).reshape(-1, len(mean))
+    w = torch.exp(-z.square().sum(1) / 2)
+    root = torch.linalg.cholesky(torch.as_tensor(covariance, dtype=F64))
+    return z @ root.T + mean, w / w.sum()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thm_entropic_bias(seed):
+    generator = random(seed)
+
+    # 1. A blurred measure is best reached from the measure before the blur.
+    eps = 0.4
+    atoms, heights = torch.tensor([[-1.5], [0.2], [1.0]], dtype=F64), weights(3, generator)
+    line = torch.linspace(-7, 7, 141, dtype=F64)[:, None]
+
+    def blurred(points, w):
+        return torch.exp(-cost(points, line) / eps).T @ w
+
+    nu = blurred(atoms, heights)
+    nu = nu / nu.sum()
+    least = entropic(atoms, line, eps, heights, nu)
+    assert abs(least + eps * (nu @ blurred(atoms, heights).log()).item()) < 1e-8
+    f = nl.potentials(atoms, line, eps, heights, nu, tol=1e-12).f
+    assert f.max() - f.min() < 1e-6  # f = 0 up to a constant
+    for _ in range(3):
+        rival = torch.randn(5, 1, generator=generator, dtype=F64)
+        w = weights(5, generator)
+        kl = (nu @ (blurred(atoms, heights) / blurred(rival, w)).log()).item()
+        assert kl > 1e-3
+        assert entropic(rival, line, eps, w, nu) - least > eps * kl - 1e-9
+    assert entropic(line, line, eps, nu, nu) > least + 0.01  # not even itself
+
+    # 2. Above the squared radius one point wins, below the spread it loses.
+    y = torch.randn(9, 2, generator=generator, dtype=F64)
+    b = weights(9, generator)
+    m = (b @ y)[None]
+    radius2 = (y - m).square().sum(1).max().item()
+    half_trace = (b @ cost(y, m)).item()
+    assert abs(entropic(m, y, radius2, None, b) - half_trace) < 1e-10
+    places = m + 2 * torch.randn(200, 2, generator=generator, dtype=F64)
+
+    def certificate(eps, places):
+        f = nl.barycentric_map(m, y, eps, None, b, tol=1e-12).potential
+        return f(places) - f(m)
+
+    expected = 0.5 * (places - m).square().sum(1) - radius2 * torch.logsumexp(
+        (places - m) @ (y - m).T / radius2 + b.log(), 1
+    )
+    assert (certificate(radius2, places) - expected).abs().max() < 1e-9
+    assert certificate(radius2, places).min() > 0
+    for _ in range(3):
+        rival = m + torch.randn(4, 2, generator=generator, dtype=F64)
+        assert entropic(rival, y, radius2, weights(4, generator), b) > half_trace
+
+    covariance = (b[:, None] * (y - m)).T @ (y - m)
+    values, vectors = torch.linalg.eigh(covariance)
+    cold = 0.5 * values[1].item()
+    better = m + torch.stack([-vectors[:, 1], vectors[:, 1]]) * values[1].sqrt() / 2
+    assert certificate(cold, better).max() < 0
+    assert entropic(better, y, cold, None, b) < half_trace - 1e-3
+
+    # 3. Gaussians: variance b - eps, where the map's slope is one.
+    for target, eps in ((1.0, 0.3), (2.5, 1.9), (0.2, 0.05)):
+        best = target - eps
+        assert abs(gaussian_map(best, target, eps).item() - 1) < 1e-12
+        least = gaussian_ot(0.0, best, 0.0, target, eps).item()
+        for factor in (0.9, 0.99, 1.01, 1.1):
+            assert gaussian_ot(0.0, best * factor, 0.0, target, eps).item() > least
+    for variance in (0.01, 0.1, 1.0):  # eps >= b: the smaller the better
+        assert gaussian_ot(0.0, variance, 0.0, 1.0, 1.2).item() > 0.5
+
+
+@pytest.mark.parametrize("eps", [0.3, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_thm_positivity(seed, eps):
+    x, a, y, b = problem(seed)
+    S = divergence(x, y, eps, a, b)
+    assert abs(S - plain_divergence(x, y, eps, a, b)) < 1e-8
+    assert abs(S - divergence(y, x, eps, b, a)) < 1e-9
+
+    # the quantitative bound, from below by a norm of the tilted measures
+    u, v = tilted(x, a, eps), tilted(y, b, eps)
+    assert abs(inner(x, u, x, u, eps) - 1) < 1e-9
+    assert abs(inner(y, v, y, v, eps) - 1) < 1e-9
+    bound = eps * (1 - inner(x, u, y, v, eps))
+    assert bound > 1e-3
+    assert S > bound
+
+    # the measure can be read off its tilt
+    assert (torch.exp(-cost(x, x) / eps) @ u * u - a).abs().max() < 1e-9
+
+    # zero at equality, positive nearby, in positions and in weights
+    assert abs(divergence(x, x.clone(), eps, a, a.clone())) < 1e-9
+    moved = x + 0.05 * torch.randn(x.shape, generator=random(seed + 50), dtype=F64)
+    assert divergence(x, moved, eps, a, a) > 1e-6
+    assert divergence(x, x, eps, a, weights(len(a), random(seed + 60))) > 1e-6
+
+    # without the self terms, or without their half, it is no such thing
+    own = entropic(x, x, eps, a, a)
+    assert own > 1e-2
+    assert entropic(x, moved, eps, a, a) - own - entropic(moved, moved, eps, a, a) < -1e-2
+
+
+def sag(function, start, end, t):
+    """How far a function lies below its chord."""
+    return (1 - t) * function(start) + t * function(end) - function((1 - t) * start + t * end)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thm_convexity(seed):
+    x, a, y, b = problem(seed)
+    generator = random(seed + 10)
+    for eps in (0.3, 3.0):
+        start, end = a, weights(len(a), generator)
+        u = tilted(x, start, eps) - tilted(x, end, eps)
+        for t in (0.5, 0.9):
+            margin = eps / 2 * t * (1 - t) * inner(x, u, x, u, eps)
+            assert margin > 1e-6
+            first = sag(lambda w, eps=eps: divergence(x, y, eps, w, b), start, end, t)
+            second = sag(lambda w, eps=eps: divergence(y, x, eps, b, w), start, end, t)
+            assert first > margin - 1e-10
+            assert abs(first - second) < 1e-9
+            # the self term alone has at least that much
+            own = sag(lambda w, eps=eps: -entropic(x, x, eps, w, w) / 2, start, end, t)
+            assert own > margin - 1e-10
+            assert first > own - 1e-10
+
+        # the variational form of the self term, at any admissible U
+        def variational(w, u, eps=eps):
+            return eps * (w @ (w / u).log()).item() + eps / 2 * (inner(x, u, x, u, eps) - 1)
+
+        least = -entropic(x, x, eps, a, a) / 2
+        assert abs(variational(a, tilted(x, a, eps)) - least) < 1e-9
+        assert variational(a, tilted(x, a, eps) * (1 + 0.1 * a)) > least + 1e-7
+
+    # the wrong sign of the self term: concave at high temperature
+    def flipped(w):
+        return entropic(x, y, 50.0, w, b) + entropic(x, x, 50.0, w, w) / 2
+
+    assert sag(flipped, a, weights(len(a), generator), 0.5) < -1e-4
+
+    # not along positions, not in the pair
+    goal = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=F64)
+    ends, middle = (torch.tensor([[1.0, s], [-1.0, -s]], dtype=F64) for s in (0.5, 0.0))
+    assert divergence(middle, goal, 0.2) > divergence(ends, goal, 0.2) + 0.2
+    points = torch.tensor([[0.0], [1.0], [-0.6]], dtype=F64)
+    one, two, same = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=F64)
+    mixed = divergence(points, points, 0.2, (one + same) / 2, (two + same) / 2)
+    assert mixed > divergence(points, points, 0.2, one, two) / 2 + 5e-3
+
+
+@pytest.mark.parametrize("seed", [7, 8, 9])
+def test_thm_small_eps(seed):
+    x, a, y, b = problem(seed)
+    x, y = 4 * x, 4 * y
+    exact = nl.metrics.w2(x, y, a, b) ** 2 / 2
+    plan = nl.fields.exact_plan(x, y, a, b)
+    assert abs((plan * cost(x, y)).sum().item() - exact) < 1e-9
+    information = torch.xlogy(plan, plan / (a[:, None] * b)).sum().item()
+    lower = -(entropy(a) + entropy(b)) / 2
+    assert information < min(entropy(a), entropy(b)) + 1e-12
+    for eps in (10.0, 1.0, 0.1, 0.01):
+        rate = (divergence(x, y, eps, a, b) - exact) / eps
+        assert lower < rate < information
+        assert abs(rate) < math.log(len(y))
+        assert 0 < (entropic(x, y, eps, a, b) - exact) / eps < information + 1e-9
+        assert 0 < entropic(x, x, eps, a, a) / eps < entropy(a) + 1e-9
+    rate = (divergence(x, y, 0.004, a, b) - exact) / 0.004
+    assert abs(rate - information - lower) < 1e-3
+    assert information + lower < -0.1
+
+    # equal weights, as many points: the first-order rate vanishes
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.2], [0.1, 1.1]], dtype=F64)
+    y = x + torch.tensor([0.3, -0.1], dtype=F64)
+    assert abs(divergence(x, y, 0.02) - nl.metrics.w2(x, y) ** 2 / 2) < 1e-6
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_thm_large_eps(seed, d):
+    x, a, y, b = problem(seed, d=d)
+    mean_x, mean_y = a @ x, b @ y
+    means = 0.5 * (mean_x - mean_y).square().sum().item()
+
+    # the means split off exactly, at every temperature
+    for eps in (0.3, 3.0):
+        centred = divergence(x - mean_x, y - mean_y, eps, a, b)
+        assert abs(divergence(x, y, eps, a, b) - means - centred) < 1e-9
+
+    x, y = x - mean_x, y - mean_y
+    radius2 = max(x.square().sum(1).max(), y.square().sum(1).max()).item()
+    A, B = (a[:, None] * x).T @ x, (b[:, None] * y).T @ y
+    gap = (A - B).square().sum().item()
+    size = (A.square().sum() + B.square().sum()).item()
+    x, y = x + mean_x, y + mean_y
+    for factor in (1, 3, 30, 300):
+        eps = factor * radius2
+        rest = divergence(x, y, eps, a, b) - means
+        assert abs(rest - gap / (4 * eps)) < radius2 * size / (2 * eps**2)
+        mixed = entropic(x, y, eps, a, b) - means - (A.trace() + B.trace()).item() / 2
+        product = (A * B).sum().item()
+        assert abs(mixed + product / (2 * eps)) < radius2 * product / (2 * eps**2)
+    assert abs(eps * rest / (gap / 4) - 1) < 0.05
+
+
+def random_covariance(d, generator):
+    root = torch.randn(d, d, generator=generator, dtype=F64)
+    return 0.3 * root @ root.T + 0.3 * torch.eye(d, dtype=F64)
+
+
+def formula(a, A, b, B, eps):
+    """The theorem's right side, with square roots by eigenvalues."""
+
+    def root(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+    def F(A, B):
+        one = torch.eye(len(A), dtype=F64)
+        D = root(4 * root(A) @ B @ root(A) + eps**2 * one)
+        return (-D.trace() + eps * torch.logdet(D + eps * one)) / 2
+
+    return (0.5 * (a - b).square().sum() + F(A, B) - (F(A, A) + F(B, B)) / 2).item()
+
+
+def test_thm_gaussian_divergence():
+    assert abs(gaussian_divergence(0.0, 1.0, 1.0, 0.25, 0.5).item() - 0.6123458543179471) < 1e-12
+    generator = random(5)
+    for d, n, eps in ((1, 61, 0.2), (1, 41, 2.0), (2, 19, 1.0)):
+        a, b = torch.randn(2, d, generator=generator, dtype=F64)
+        A, B = random_covariance(d, generator), random_covariance(d, generator)
+        exact = gaussian_divergence(a, A, b, B, eps).item()
+        assert abs(exact - formula(a, A, b, B, eps)) < 1e-11
+        (x, p), (y, q) = on_grid(a, A, n), on_grid(b, B, n)
+        S = nl.sinkhorn_divergence(x, y, eps, p, q, tol=1e-10).item()
+        assert abs(S - exact) < 1e-7
+        assert abs(S - gaussian_divergence(a, A, b, B, 2 * eps).item()) > 1e-5
+
+    # higher dimension, matrices that do not commute
+    for d in (3, 6):
+        a, b = torch.randn(2, d, generator=generator, dtype=F64)
+        A, B = random_covariance(d, generator), random_covariance(d, generator)
+        for eps in (0.05, 1.0, 20.0):
+            assert abs(gaussian_divergence(a, A, b, B, eps).item() - formula(a, A, b, B, eps)) < 1e-10
+        assert abs(gaussian_divergence(a, A, b, A, 1.0).item() - 0.5 * (a - b).square().sum().item()) < 1e-11
+
+
+def test_thm_not_a_metric():
+    def root(a, b, eps):
+        return gaussian_divergence(0.0, a, 0.0, b, eps).sqrt().item()
+
+    def on_grids(a, b, eps):
+        (x, p), (y, q) = on_grid([0.0], [[a]], 49), on_grid([0.0], [[b]], 49)
+        return math.sqrt(divergence(x, y, eps, p, q))
+
+    for s in (root, on_grids):
+        assert abs(s(16.0, 1.0, 4.0) - 2.025405) < 1e-6
+        assert abs(s(16.0, 4.0, 4.0) - 1.393255) < 1e-6
+        assert abs(s(4.0, 1.0, 4.0) - 0.602972) < 1e-6
+
+    def defect(a, b, c, eps):
+        return root(a, c, eps) - root(a, b, eps) - root(b, c, eps)
+
+    # every temperature, every triple; and the two asymptotes
+    for eps in (0.1, 1.0, 4.0, 20.0, 200.0):
+        assert defect(16.0, 4.0, 1.0, eps) > 1e-5
+    generator = random(0)
+    for _ in range(60):
+        steps = 0.3 + torch.rand(3, generator=generator, dtype=F64)
+        c, b, a = (steps.cumsum(0) - 1.5).exp().tolist()
+        eps = 10 ** (2 * torch.rand((), generator=generator).item() - 1)
+        assert defect(a, b, c, eps) > 1e-8
+    assert abs(defect(16.0, 4.0, 1.0, 0.05) / (0.09375 * 0.05**2 / (16 * math.sqrt(2))) - 1) < 2e-3
+    assert abs(defect(16.0, 4.0, 1.0, 500.0) / (540 / (8 * 500**2.5)) - 1) < 2e-2
+
+    # without the root it is worse, and Diracs are enough
+    at = [torch.tensor([[t]], dtype=F64) for t in (0.0, 1.0, 2.0)]
+    for eps in (0.1, 10.0):
+        S = [divergence(at[i], at[j], eps) for i, j in ((0, 2), (0, 1), (1, 2))]
+        assert abs(S[0] - S[1] - S[2] - 1) < 1e-10
