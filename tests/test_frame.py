@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from types import ModuleType
 
 import book_extension
@@ -155,7 +154,7 @@ def test_built_things_are_ignored_by_git():
 
 
 def test_the_address_is_changed_everywhere_and_back(tmp_path):
-    old, new = repository.address(), "https://example.org/somebody/another-name"
+    old, new = repository.address(), "/".join(["https://example.org", "somebody", "another-name"])
     assert CONFIG["repository"]["url"] == old
     for path in repository.tracked():
         copy = tmp_path / path.relative_to(ROOT)
