@@ -46,9 +46,7 @@ def prose(notebook):
 def test_exports_are_up_to_date(fresh):
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(fresh), "run make notebooks"
     for name, notebook in fresh.items():
-        assert (FOLDER / f"{name}.ipynb").read_text() == notebooks.text(notebook), (
-            f"{name}: run make notebooks"
-        )
+        assert (FOLDER / f"{name}.ipynb").read_text() == notebooks.text(notebook), f"{name}: run make notebooks"
 
 
 @each_notebook
@@ -71,16 +69,12 @@ def test_numbers_are_those_of_the_page(name):
     shown = re.sub(r"<[^>]+>", "", page.read_text())
     shown = " ".join(html.unescape(shown).split())
     text = prose(stored(name))
-    numbered = re.findall(
-        r"\*\*((?:Theorem|Lemma|Proposition|Corollary|Definition|Exercise|Remark) [\d.]*\d)", text
-    )
+    numbered = re.findall(r"\*\*((?:Theorem|Lemma|Proposition|Corollary|Definition|Exercise|Remark) [\d.]*\d)", text)
     figures = re.findall(r"^\*\*Figure ([\d.]*\d)\.\*\* (\w+ \w+)", text, re.M)
     for said in numbered:
         assert re.search(rf"{re.escape(said)}(?![\d.]*\d)", shown), f"{said} is not on the page"
     for number, words in figures:
-        assert re.search(rf"Fig(ure|\.) {re.escape(number)} ?{re.escape(words)}", shown), (
-            f"Figure {number}: {words}"
-        )
+        assert re.search(rf"Fig(ure|\.) {re.escape(number)} ?{re.escape(words)}", shown), f"Figure {number}: {words}"
     tags = re.findall(r"\\tag\{([\d.]+)\}", text)
     assert len(tags) == len(set(tags))
     for tag in tags:
@@ -159,9 +153,7 @@ def test_one_runs_in_an_empty_folder(tmp_path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert cells[0].outputs == [] and not (tmp_path / "held.txt").exists()
     pair = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
-    for cell, of_pair in zip(
-        cells[1:], [cell for cell in pair.cells if cell.cell_type == "code"], strict=True
-    ):
+    for cell, of_pair in zip(cells[1:], [cell for cell in pair.cells if cell.cell_type == "code"], strict=True):
         if notebooks.is_claim(of_pair):
             printed = ["".join(output.get("text", "") for output in c.outputs) for c in (cell, of_pair)]
             assert printed[0] == printed[1], json.dumps(printed)
@@ -297,4 +289,9 @@ Done.
 ```python
 plain = {"code": 1}
 ```
+
+## References
+
+- T Séjourné, J Feydy, and F Vialard. T. *J*, 2019.
+- C Villani. *Old and New*. P, 2009.
 """

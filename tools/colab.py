@@ -45,7 +45,7 @@ ADMONITIONS = {
 }
 TITLED = {"admonition", "dropdown", "card", "grid-item-card", "tab-item", "sidebar", "topic"}
 PLAIN = {"margin", "tab-set", "grid", "grid-item", "container", "div", "epigraph", "glossary", "only"}
-NOWHERE = {"tableofcontents", "raw", "index", "contents"}
+NOWHERE = {"tableofcontents", "raw", "index", "contents", "bibliography"}  # references go to the end
 
 FENCE = re.compile(r"^( *)(:{3,}|`{3,}|~{3,}) *(?:\{([\w:-]+)\})? *(.*)$")
 OPTION = re.compile(r"^ *:([\w-]+): *(.*)$")
@@ -77,9 +77,7 @@ class Exporter:
         self.root = root
         self.url = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"].rstrip("/")
         self.version = library_version(root)
-        self.docs = table_of_contents(
-            yaml.safe_load((root / "_toc.yml").read_text())
-        )  # name -> chapter number or None
+        self.docs = table_of_contents(yaml.safe_load((root / "_toc.yml").read_text()))  # name -> chapter number or None
         bibliography = root / "book" / "references.bib"
         self.references = parse_file(str(bibliography)).entries if bibliography.exists() else {}
         self.names, self.titles, self.final = {}, {}, False
@@ -91,9 +89,7 @@ class Exporter:
             raise ValueError(f"not in _toc.yml: {', '.join(sorted(lost))}")
         for self.final in (False, True):
             self.count = Counter()
-            notebooks = {
-                name: self.notebook(name) for name in self.docs if (self.root / f"{name}.md").exists()
-            }
+            notebooks = {name: self.notebook(name) for name in self.docs if (self.root / f"{name}.md").exists()}
         return {name.removeprefix("book/"): notebooks[name] for name in self.docs if name in self.chapters}
 
     def notebook(self, name):
@@ -104,9 +100,7 @@ class Exporter:
             r"^# +(.*)$", "\n".join(c.source for c in notebook.cells if c.cell_type != "code"), re.M
         ):
             self.titles[name] = heading[1].strip()
-        cells = [
-            new_code_cell(INSTALL.replace("URL", f"{self.url}.git").replace("VERSION", self.version).rstrip())
-        ]
+        cells = [new_code_cell(INSTALL.replace("URL", f"{self.url}.git").replace("VERSION", self.version).rstrip())]
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 tags = {"tags": list(cell.metadata.tags)} if cell.metadata.get("tags") else {}
@@ -116,6 +110,9 @@ class Exporter:
                 source = self.markdown(cell.source)
             if source.strip():
                 cells.append(new_markdown_cell(source.strip()))
+        if self.cited:
+            references = "\n".join(f"- {self.full_reference(key)}" for key in sorted(set(self.cited)))
+            cells.append(new_markdown_cell(f"## References\n\n{references}"))
         notebook.cells = cells
         kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
         notebook.metadata = {"kernelspec": kernel, "colab": {"provenance": []}}
@@ -172,9 +169,7 @@ class Exporter:
             else:
                 opening = END_OF_MATH.search(line) if line.count("$$") == 2 else None
                 end = (
-                    i
-                    if opening
-                    else next((j for j in range(i + 1, len(lines)) if END_OF_MATH.search(lines[j])), None)
+                    i if opening else next((j for j in range(i + 1, len(lines)) if END_OF_MATH.search(lines[j])), None)
                 )
                 if end is None:
                     raise ValueError(
@@ -207,8 +202,6 @@ class Exporter:
             return "\n".join([f"```{argument}", *body, "```"])
         if name == "math":
             return self.formula("\n".join(["", *body, ""]), label)
-        if name == "bibliography":
-            return "\n".join(f"- {self.full_reference(key)}" for key in sorted(set(self.cited)))
         if name in ("figure", "image"):
             picture = f"![{options.get('alt', '')}]({self.url}/raw/v{self.version}/book/{argument})"
             caption = self.caption({"caption": "\n".join(body), "name": label}) if name == "figure" else ""
@@ -278,9 +271,9 @@ class Exporter:
         if role == "eq":
             return self.name(target)
         if role == "doc":
-            name = str(
-                (Path(self.doc).parent / target) if not target.startswith("/") else target[1:]
-            ).removesuffix(".md")
+            name = str((Path(self.doc).parent / target) if not target.startswith("/") else target[1:]).removesuffix(
+                ".md"
+            )
             return shown or self.titles.get(name) or (self.unknown("page", target) if self.final else "?")
         if role.split(":")[-1] in ("func", "class", "meth", "mod", "attr", "data", "obj", "exc", "file"):
             return f"`{shown or (target.split('.')[-1] if target.startswith('~') else target)}`"
@@ -298,16 +291,15 @@ class Exporter:
             entry = self.references[key]
             self.cited.append(key)
             people = [" ".join(map(str, person.rich_last_names)) for person in entry.persons["author"]]
-            who = people[0] + (
-                " et al." if len(people) > 2 else f" and {people[1]}" if len(people) == 2 else ""
-            )
+            who = people[0] + (" et al." if len(people) > 2 else f" and {people[1]}" if len(people) == 2 else "")
             year = entry.fields.get("year", "n.d.")
             said.append(f"{who} ({year})" if role.endswith(":t") else f"{who}, {year}")
         return ", ".join(said) if role.endswith(":t") else f"({'; '.join(said)})"
 
     def full_reference(self, key):
         style = find_plugin("pybtex.style.formatting", "plain")()
-        return style.format_entry(key, self.references[key]).text.render_as("markdown")
+        reference = style.format_entry(key, self.references[key]).text.render_as("markdown")
+        return re.sub(r"\\([.+-])", r"\1", reference.replace("\n", " "))  # escapes that Markdown does not need
 
 
 def heading(name, title=""):
@@ -317,10 +309,7 @@ def heading(name, title=""):
 
 def library_version(root):
     stated = tomllib.loads((root / "pyproject.toml").read_text())["project"].get("version")
-    return (
-        stated
-        or re.search(r'^__version__ = "(.+)"', (root / "nsgf_lite" / "__init__.py").read_text(), re.M)[1]
-    )
+    return stated or re.search(r'^__version__ = "(.+)"', (root / "nsgf_lite" / "__init__.py").read_text(), re.M)[1]
 
 
 def table_of_contents(toc):
