@@ -81,7 +81,7 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
 def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tensor:
     """Entropic cost OT_eps between N(a, A) and N(b, B), a scalar in units of squared length.
 
-    ``2 OT_eps = |a-b|^2 + tr(A + B - D) + d eps (1 - log 2 eps) + eps log det(D + eps I)``, D as in :func:`gaussian_map`.
+    ``2 OT_eps = |a-b|^2 + tr(A + B - D) + d eps (1 - log 2 eps) + eps log det(D + eps I)``, with the same D.
 
     Raises
     ------

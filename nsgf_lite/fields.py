@@ -69,10 +69,13 @@ class Sinkhorn:
         ``warm``, a dict, is read for potentials to start from and left with the new ones: keep one along a path.
         """
         memory: Warm = {} if warm is None else warm
-        towards = barycentric_map(x, y, self.eps, a, b, tol=self.tol, init=memory.get("towards"))
-        away = barycentric_map(x, x, self.eps, a, a, tol=self.tol, init=memory.get("away"))
-        memory["towards"], memory["away"] = towards.solution, away.solution
-        return towards(at) - away(at)
+
+        def images(role: str, z: Tensor, weights: Tensor | None) -> Tensor:
+            T = barycentric_map(x, z, self.eps, a, weights, tol=self.tol, init=memory.get(role))
+            memory[role] = T.solution
+            return T(at)
+
+        return images("towards", y, b) - images("away", x, a)
 
 
 @dataclass(frozen=True)

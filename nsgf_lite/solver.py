@@ -30,8 +30,8 @@ NEWTON_STEPS = 400
 def affinity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """H (b,n,m), p (b,n), q (b,m) with cost ``|x_i - y_j|^2 / 2 = p_i + q_j - H_ij``.
 
-    In the plane H is minus the cost itself. In high dimension it is the inner product: ``|x|^2/2 + |y|^2/2 - <x, y>``
-    cancels badly in float32, so the norms are absorbed into the potentials, where they cancel by themselves.
+    In the plane H is minus the cost. In high dimension it is the inner product: ``|x|^2/2 + |y|^2/2 - <x, y>`` cancels
+    badly in float32, so the norms are absorbed into the potentials, where they cancel by themselves.
     """
     if x.shape[-1] > PLANE:
         return x @ y.mT, x.square().sum(-1) / 2, y.square().sum(-1) / 2

@@ -1,0 +1,131 @@
+"""Truth has teeth: spoil one formula of the library at a time, and see which theorems' tests notice.
+
+    python tests/mutations.py            # run all, compare with the recorded table's rows
+    python tests/mutations.py --record   # and write book/results/mutations.json, which the book shows
+
+Each mutation must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least one mutation.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "book" / "results" / "mutations.json"
+SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of one formula: `old`, which stands once in `file`, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    # closed forms
+    Mutation("Gaussian map without its one half", "closed_forms", "inverse @ excess @ inverse / 2", "inverse @ excess @ inverse"),
+    Mutation("Gaussian map as C A^-1, not symmetric", "closed_forms", "return (slope + slope.T) / 2", "return A @ slope @ torch.linalg.inv(A)"),
+    Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms", "torch.log((D + eps) / (2 * eps))", "torch.log((D + eps) / eps)"),
+    Mutation("Gaussian cost without tr D", "closed_forms", "A.trace() + B.trace() - D.sum()", "A.trace() + B.trace()"),
+    Mutation("Gaussian divergence, self terms whole", "closed_forms", "gaussian_ot(b, B, b, B, eps)) / 2", "gaussian_ot(b, B, b, B, eps))"),
+    Mutation("Gaussian velocity without its self slope", "closed_forms", "gaussian_map(A, B, eps) - gaussian_map(A, A, eps)", "gaussian_map(A, B, eps) - torch.eye(len(gaussian_map(A, A, eps)))"),
+    Mutation("two atoms with kappa for kappa squared", "closed_forms", "-(distance**2) / _temperature(eps)", "-(distance**2) / (2 * _temperature(eps))"),
+    # costs and their gradients
+    Mutation("divergence with self terms whole", "divergence", "cost - (own_x + own_y) / 2", "cost - (own_x + own_y)"),
+    Mutation("divergence without self terms", "divergence", "cost - (own_x + own_y) / 2", "cost"),
+    Mutation("divergence with self terms added", "divergence", "cost - (own_x + own_y) / 2", "cost + (own_x + own_y) / 2"),
+    Mutation("cost from one potential only", "divergence", "return (a * f).sum(-1) + (b * g).sum(-1)", "return (a * f).sum(-1)"),
+    Mutation("gradient in positions ignores the weights", "divergence", "(weight * a).unsqueeze(-1)", "(weight / a.shape[-1]).unsqueeze(-1)"),
+    Mutation("self term's derivative moves one marginal only", "divergence", "(2 if ctx.own else 1)", "1"),
+    Mutation("gradient in weights with the wrong sign", "divergence", "da = weight * f", "da = -weight * f"),
+    # potentials, plans, maps
+    Mutation("plan ignores the source weights", "sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
+    Mutation("plan ignores the target weights", "sinkhorn", "rows = torch.softmax(exponent + problem.b.log().unsqueeze(-2), -1)", "rows = torch.softmax(exponent, -1)"),
+    Mutation("plan at twice the temperature", "sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
+    Mutation("potentials swapped", "sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
+    Mutation("extended map ignores the weights", "sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
+    Mutation("extended potential with the wrong sign", "sinkhorn", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
+    # fields
+    Mutation("velocity without the self term", "fields", 'images("towards", y, b) - images("away", x, a)', 'images("towards", y, b) - (x if at is None else at)'),
+    Mutation("velocity uphill", "fields", 'images("towards", y, b) - images("away", x, a)', 'images("away", x, a) - images("towards", y, b)'),
+    Mutation("velocity ignores the data's weights", "fields", 'images("towards", y, b)', 'images("towards", y, None)'),
+    Mutation("velocity with half the self term", "fields", '- images("away", x, a)', '- images("away", x, a) / 2'),
+    # the iterations
+    Mutation("cost without its one half", "solver", "H = (gap * gap).mul_(-0.5) if k == 0 else H.addcmul_(gap, gap, value=-0.5)", "H = (gap * gap).mul_(-1.0) if k == 0 else H.addcmul_(gap, gap, value=-1.0)"),
+    Mutation("row step ignores the weights", "solver", "row = _times(K, b * v)", "row = _times(K, v / b.shape[-1])"),
+    Mutation("self problem not averaged", "solver", "u = (u / row).sqrt_()", "u = 1 / row"),
+    Mutation("over-relaxation by the wrong root", "solver", "2 / (1 + math.sqrt(1 - rate))", "2 / (1 + (1 - rate))"),
+    Mutation("Newton's direction reversed", "solver", "(b - columns).unsqueeze(-1)", "(columns - b).unsqueeze(-1)"),
+    # particles and metrics
+    Mutation("particles step backwards", "particles", "path[-1] + step * sum(", "path[-1] - step * sum("),
+    Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
+]  # fmt: skip
+
+
+def theorem_tests() -> list[str]:
+    """Names of all ``test_thm_…`` functions."""
+    files = sorted((ROOT / "tests").glob("test_thm_*.py"))
+    return [name for file in files for name in re.findall(r"^def (test_thm_\w+)", file.read_text(), re.M)]
+
+
+def failing(mutation: Mutation) -> list[str]:
+    """Theorem tests that fail under the mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "nsgf_lite", Path(folder) / "nsgf_lite", ignore=shutil.ignore_patterns("__pycache__"))
+        source = Path(folder) / "nsgf_lite" / f"{mutation.file}.py"
+        text = source.read_text()
+        if text.count(mutation.old) != 1:
+            raise SystemExit(f"mutation {mutation.name!r}: {mutation.old!r} must stand once in {mutation.file}.py")
+        source.write_text(text.replace(mutation.old, mutation.new))
+        tests = [str(path) for path in sorted((ROOT / "tests").glob("test_thm_*.py"))]
+        options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", folder]
+        command = [sys.executable, "-u", "-m", "pytest", *options, *tests]
+        environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"mutation {mutation.name!r}: pytest could not run\n{done.stdout}\n{done.stderr}")
+    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S+::(test_thm_\w+)", done.stdout, re.M)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
+        killers = list(pool.map(failing, MUTATIONS))
+    rows = [
+        {"mutation": m.name, "file": f"{m.file}.py", "what": f"{m.old}  →  {m.new}", "killed_by": killed}
+        for m, killed in zip(MUTATIONS, killers, strict=True)
+    ]
+    for row in rows:
+        print(f"{row['mutation']}: {', '.join(row['killed_by']) or 'NOT NOTICED'}")
+    unnoticed = [row["mutation"] for row in rows if not row["killed_by"]]
+    toothless = sorted(set(theorem_tests()) - {name for killed in killers for name in killed})
+    if options.record:
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    stale = [row["what"] for row in recorded] != [row["what"] for row in rows]
+    for complaint, items in (("mutations no theorem test notices", unnoticed), ("tests no mutation kills", toothless)):
+        if items:
+            print(f"{complaint}: {', '.join(items)}")
+    if stale:
+        print(f"{RECORD.relative_to(ROOT)} is not of these mutations: run with --record")
+    print(f"{len(rows) - len(unnoticed)} of {len(rows)} mutations noticed, {len(toothless)} tests without teeth")
+    return int(bool(unnoticed or toothless or stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
