@@ -146,6 +146,7 @@ def test_thm_entropic_bias(seed):
         best = target - eps
         assert abs(gaussian_map(best, target, eps).item() - 1) < 1e-12
         least = gaussian_ot(0.0, best, 0.0, target, eps).item()
+        assert abs(least - eps / 2 * (1 + math.log(target / eps))) < 1e-12
         for factor in (0.9, 0.99, 1.01, 1.1):
             assert gaussian_ot(0.0, best * factor, 0.0, target, eps).item() > least
     for variance in (0.01, 0.1, 1.0):  # eps >= b: the smaller the better
