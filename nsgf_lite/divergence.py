@@ -4,9 +4,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsgf_lite.sinkhorn import BarycentricMap, Potentials, Problem, read_problem
+
+
+class _Once(torch.autograd.Function):
+    """A first derivative, and what it depends on; differentiating it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, *inputs: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Any:
+        raise RuntimeError(
+            "entropic_cost and sinkhorn_divergence have first derivatives only, got a request for a second"
+        )
 
 
 class _Cost(torch.autograd.Function):
@@ -23,8 +36,17 @@ class _Cost(torch.autograd.Function):
         return (a * f).sum(-1) + (b * g).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _Cost.first_derivatives(ctx, grad)
+        # Under create_graph=True: let a second derivative through these tensors raise, where it would be silently zero.
+        if torch.is_grad_enabled():
+            gradients = [None if t is None else _Once.apply(t, grad, *ctx.saved_tensors[:4]) for t in gradients]
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def first_derivatives(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """Derivatives in x, y, a and b, those that are needed."""
         x, y, a, b, f, g = ctx.saved_tensors
         need = ctx.needs_input_grad
         weight = grad.unsqueeze(-1) * (2 if ctx.own else 1)
@@ -37,7 +59,7 @@ class _Cost(torch.autograd.Function):
         dy = pull(y, x, b, a, f) if need[1] and not ctx.own else None
         da = weight * f if need[2] else None
         db = weight * g if need[3] and not ctx.own else None
-        return dx, dy, da, db, None, None, None, None
+        return [dx, dy, da, db]
 
 
 def entropic_cost(

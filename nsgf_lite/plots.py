@@ -60,7 +60,7 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
     points = x.detach().cpu().numpy()
     ax.scatter(points[:, 0], points[:, 1], s=size, color=color, label=label, linewidths=0, **options)
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_aspect("equal", adjustable="box")
 
 
 def arrows(ax: "Axes", x: Tensor, v: Tensor, color: str = GREY, **options: Any) -> None:

@@ -4,6 +4,7 @@ Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length; :mod:`nsgf
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,16 +79,24 @@ def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be finite and non-negative, got values from {weights.min():g} to {weights.max():g}"
         )
-    off = float((weights.sum(-1) - 1).abs().max())
+    off = float((weights.detach().sum(-1) - 1).abs().max())
     if off > (1e-6 if x.dtype == torch.float64 else 1e-4):
         raise ValueError(f"{name} must sum to one, got a sum that is off by {off:g}")
     return weights.expand(x.shape[:-1])
 
 
-def _read_numbers(eps: float, tol: float, max_iter: int) -> None:
-    for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
-        if not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+def _gathered(x: Tensor, a: Tensor) -> Tensor:
+    """The cloud with its points of weight zero put on the heaviest one: however far they were, no step overflows."""
+    heaviest = a.argmax(-1)[..., None, None].expand(-1, 1, x.shape[-1])
+    return torch.where((a > 0).unsqueeze(-1), x, x.gather(-2, heaviest))
+
+
+def _outside() -> int:
+    """Stack level, seen from the caller, of the first frame outside this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("nsgf_lite", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 # What a reader calls ------------------------------------------------------------------------------------------------
@@ -107,12 +116,20 @@ class Problem:
 
     def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
         """Potentials (batched), and the plan's exponent ``(g - c) / eps`` up to a term in x."""
+        if init is not None and not (init.g.numel() == self.b.numel() and init.g.dtype == self.b.dtype):
+            raise ValueError(
+                f"init must be the potentials of a problem of this size and dtype, with g of shape "
+                f"{tuple(self.b.shape)[self.single :]} and {self.b.dtype}, got {tuple(init.g.shape)} and {init.g.dtype}"
+            )
         with torch.no_grad():
-            centre = self.y.mean(-2, keepdim=True)
-            H, p, q = affinity(self.x - centre, self.y - centre)
+            idle = bool((self.a == 0).any() or (self.b == 0).any())
+            x, y = (_gathered(self.x, self.a), _gathered(self.y, self.b)) if idle else (self.x, self.y)
+            centre = y.mean(-2, keepdim=True)
+            H, p, q = affinity(x - centre, y - centre)
             mean_cost = float((p.mean(-1) + q.mean(-1) - H.mean((-2, -1))).max())
             goal = max(tol, 10 * torch.finfo(H.dtype).eps)
             start = -q if init is None else init.g.reshape(q.shape) - q
+            start = _gathered(start.unsqueeze(-1), self.b).squeeze(-1) if idle else start
             if self.own:
                 f, g, steps, error = averaged(H, self.a, self.eps, start, goal, max_iter)
             else:
@@ -120,6 +137,8 @@ class Problem:
                 f, g, steps, error = alternate(H, self.a, self.b, self.eps, start, hot, goal, max_iter)
             exponent = H.add_(g.unsqueeze(-2)).div_(self.eps)
             f, g = f + p, g + q
+            if idle:
+                f, g, exponent = self._put_back(f, g)
             tilt = ((self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)) / 2
         if not error <= goal:
             warnings.warn(
@@ -127,9 +146,21 @@ class Problem:
                 f"eps = {self.eps:g} is {self.eps / max(mean_cost, 1e-300):.1g} of the mean cost {mean_cost:.3g}; "
                 "a larger eps or max_iter, or float64, would help.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=_outside(),
             )
         return Potentials(f + tilt, g - tilt, steps, error, error <= goal), exponent
+
+    def _put_back(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials extended to the points of weight zero, and the exponent of the plan there."""
+        from_y = BarycentricMap(self.y, self.b, self.eps, Potentials(f, g, 0, 0.0, True), f)
+        from_x = BarycentricMap(self.x, self.a, self.eps, Potentials(g, f, 0, 0.0, True), g)
+        f, g = (
+            torch.where(self.a > 0, f, from_y.potential(self.x)),
+            torch.where(self.b > 0, g, from_x.potential(self.y)),
+        )
+        centre = self.y.mean(-2, keepdim=True)
+        H, _, q = affinity(self.x - centre, self.y - centre)
+        return f, g, H.add_((g - q).unsqueeze(-2)).div_(self.eps)
 
     def unbatch(self, t: Tensor) -> Tensor:
         return t.squeeze(0) if self.single else t
@@ -138,9 +169,11 @@ class Problem:
 def read_problem(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int
 ) -> Problem:
-    for name, value in (("eps", eps), ("tol", tol), ("max_iter", max_iter)):
+    for name, value in (("eps", eps), ("tol", tol)):
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
     read_clouds(x=x, y=y)
     own, single = y is x and b is a, x.ndim == 2
     a, b = read_weights("a", a, x), read_weights("b", b, y)
@@ -196,8 +229,6 @@ def potentials(
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-sinkhorn-equations`, :prf:ref:`thm-first-variation`
     """
     problem = read_problem(x, y, a, b, eps, tol, max_iter)
-    if init is not None and init.g.numel() != problem.b.numel():
-        raise ValueError(f"init must be the potentials of a problem of this size, got g of shape {tuple(init.g.shape)}")
     solution, _ = problem.solve(tol, max_iter, init)
     f, g = (problem.unbatch(t) for t in solution)
     return Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)

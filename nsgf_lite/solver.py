@@ -24,11 +24,11 @@ NEWTON_AFTER = 600  # iterations after which Newton's method takes over, where a
 NEWTON_SIZE = 2**22
 NEWTON_STEPS = 400
 
-# The problem in the form the iterations want ---------------------------------------------------------------------------
+# The problem in the form the iterations want --------------------------------------------------------------------------
 
 
 def affinity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """H (b,n,m), p (b,n), q (b,m) with cost ``|x_i - y_j|^2 / 2 = p_i + q_j - H_ij``.
+    """H (b,n,m), p (b,n), q (b,m), with cost ``|x_i - y_j|^2 / 2 = p_i + q_j - H_ij``.
 
     In the plane H is minus the cost. In high dimension it is the inner product: ``|x|^2/2 + |y|^2/2 - <x, y>`` cancels
     badly in float32, so the norms are absorbed into the potentials, where they cancel by themselves.
@@ -86,7 +86,7 @@ def alternate(
             steps += 1
             if temperature > eps and step == 4:
                 break
-            if temperature <= eps and step % CHECK == 0:
+            if temperature <= eps and (step % CHECK == 0 or steps >= max_iter):
                 error = _l1(b, v * _times(K.mT, a / row))
                 if error <= tol or steps >= min(max_iter, patience) or _spread(row, v) > small**-0.5:
                     break
@@ -126,6 +126,7 @@ def newton(H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, t
         return S, f, (a * f).sum(-1) + (b * g).sum(-1)
 
     S, f, dual = row_step(g)
+    reach = torch.full_like(b[..., :1], 3)
     while True:
         rows = torch.softmax(S, -1)
         P = rows * a.unsqueeze(-1)
@@ -142,14 +143,15 @@ def newton(H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, t
         if bool(failed.any()):
             factor, _ = torch.linalg.cholesky_ex(A + torch.diag_embed((1e-11 * level).expand(b.shape)))
         ascent = torch.cholesky_solve((b - columns).unsqueeze(-1), factor).squeeze(-1)
-        # Exponentials are trusted over a few units of eps, and a step must not lower the dual.
-        size = (3 / ascent.abs().amax(-1, keepdim=True)).clamp_max(1)
+        # A step must not lower the dual; its length, three units of eps at first, may double after each that did not.
+        size, reach = (reach / ascent.abs().amax(-1, keepdim=True)).clamp_max(1), 2 * reach
         for _ in range(40):
             S, f, value = row_step(g + eps * size * ascent)
             lower = value < dual - 1e-14 * dual.abs()
             if not bool(lower.any()):
                 break
             size = torch.where(lower.unsqueeze(-1), size / 2, size)
+            reach = torch.where(lower.unsqueeze(-1), (reach / 2).clamp_min(3), reach)
         g, dual, steps = g + eps * size * ascent, value, steps + 1
 
 

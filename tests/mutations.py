@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Truth has teeth: spoil one formula of the library at a time, and see which theorems' tests notice.
 
     python tests/mutations.py            # run all, compare with the recorded table's rows
