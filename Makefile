@@ -90,6 +90,8 @@ wheel: $(KERNEL) .venv-wheel/.wheel
 .venv/.installed: .venv/.torch constraints.txt pyproject.toml
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	@$(BIN)/python $(PIP_INSTALL) -e '.[book,build,test,ott]'
+	@mkdir -p .venv/etc/ipython # kernels on one's own machine need not warn that they speak unencrypted
+	@echo 'c.IPKernelApp.log_level = 40' > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
 
 dist/.wheel: $(LIBRARY) pyproject.toml README.md LICENSE .venv/.torch
@@ -111,7 +113,7 @@ dist/.wheel: $(LIBRARY) pyproject.toml README.md LICENSE .venv/.torch
 
 $(KERNEL): .venv-wheel/.needs .venv-wheel/.wheel
 	@$(WHEEL_BIN)/python -m ipykernel install --prefix .venv --name nsgf-wheel --display-name "the built wheel" \
-	  --env PYTHONPATH "" >/dev/null
+	  --env PYTHONPATH "" >/dev/null 2>&1
 	@touch $@
 
 clean:
