@@ -243,7 +243,7 @@ Text.
 
 @pytest.fixture
 def small_book(tmp_path):
-    noticed = {"mutation": "sign", "file": "nsgf_lite/sinkhorn.py", "what": "x | y", "killed_by": ["test_thm_first[2]"]}
+    noticed = {"mutation": "sign", "file": "sinkhorn.py", "what": "x  →  -x | y", "killed_by": ["test_thm_first[2]"]}
     for name, text in {
         "_toc.yml": "format: jb-book\nroot: book/intro\nparts:\n  - chapters:\n      - file: book/one\n",
         "book/intro.md": "# Hello\n",
@@ -277,7 +277,7 @@ def test_the_theorem_index_has_titles_links_tests_and_mutations(small_book):
 
 def test_the_mutation_table_names_the_tests_that_noticed(small_book):
     table = book_extension.mutations_table(small_book)
-    assert r"| `sign` | `nsgf_lite/sinkhorn.py` | x \| y | `test_thm_first` |" in table
+    assert r"| sign | `sinkhorn.py` | `x` → `-x \| y` | `test_thm_first` |" in table
     (small_book / "book/results/mutations.json").unlink()
     assert "|" not in book_extension.mutations_table(small_book)
 

@@ -139,10 +139,11 @@ def mutations_table(root: Path = ROOT) -> str:
     for row in recorded_mutations(root):
         tests = sorted({bare(test) for test in row["killed_by"]})
         shown = ", ".join(f"`{test}`" for test in tests[:4]) + (f" and {len(tests) - 4} more" if len(tests) > 4 else "")
-        rows.append((f"`{row['mutation']}`", f"`{row['file']}`", row["what"], shown))
+        change = " → ".join(f"`{side.strip()}`" for side in row["what"].split("→"))
+        rows.append((row["mutation"], f"`{row['file']}`", change, shown))
     if not rows:
         return "No run of the mutations has been recorded yet."
-    return table(("Mutation", "File", "What was changed", "Tests that noticed"), rows)
+    return table(("Mutation", "File", "The formula, and what it became", "Tests that noticed"), rows)
 
 
 def versions_table(root: Path = ROOT) -> str:
