@@ -90,6 +90,7 @@ class Visits(dict):
     def __init__(self, browser, origin):
         self.browser, self.origin, self.left_origin = browser, origin, []
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        self.context.set_default_timeout(60_000)
         self.context.route("**/*", self.guard)
 
     def guard(self, route):
@@ -107,6 +108,7 @@ class Visits(dict):
         widgets = page.locator('script[type="application/vnd.jupyter.widget-view+json"]').count()
         if widgets:
             page.wait_for_function(f"document.querySelectorAll('.jupyter-widgets [role=slider]').length >= {widgets}")
+        page.add_style_tag(content="* { transition: none !important; animation: none !important }")
         page.evaluate(SETTLE)
         return page, problems, widgets
 
@@ -116,14 +118,14 @@ class Visits(dict):
         seen["mathematics"], seen["pictures"] = page.evaluate(MATHEMATICS), page.evaluate(PICTURES)
         seen["sliders"] = [self.slide(page, handle) for handle in page.locator("[role=slider]").all()]
         seen["closed"], seen["stuck"], seen["buried"] = self.unfold(page)
-        for theme in THEMES:  # with all folded things open
-            page.emulate_media(color_scheme=theme)
-            page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
-            for width in WIDTHS:
-                page.set_viewport_size({"width": width, "height": 900})
-                page.wait_for_timeout(100)
+        for width in WIDTHS:  # with all folded things open
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(250)  # the page's own script tidies up after a resize
+            for theme in THEMES:
+                page.emulate_media(color_scheme=theme)
+                page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
                 seen["overflow"][f"{width} px, {theme}"] = page.evaluate(OVERFLOW)
-            seen["brightness"][theme] = page.evaluate(BRIGHTNESS)
+                seen["brightness"][theme] = page.evaluate(BRIGHTNESS)
         page.close()
         return seen
 
