@@ -4,6 +4,7 @@ Each page is opened once; what is seen there is noted, and the tests read the no
 """
 
 import functools
+import html
 import html.parser
 import http.server
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+import test_colab
 from conftest import ROOT, require
 
 SITE = ROOT / "_build" / "html"
@@ -320,3 +322,23 @@ def test_the_front_door_opens():
     require(PAGES, "the built book (make book)")
     start = re.search(r'url=([^"]+)"', (SITE / "index.html").read_text())
     assert start and (SITE / start[1]).is_file() or Path(SITE / "index.html").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", test_colab.NAMES)
+def test_colab_has_the_numbers_of_the_page(name):
+    page = SITE / "book" / f"{name}.html"
+    require(page.exists(), "the built book (make book)")
+    shown = re.sub(r"<[^>]+>", "", page.read_text())
+    shown = " ".join(html.unescape(shown).split())
+    text = test_colab.prose(test_colab.stored(name))
+    kinds = "Theorem|Lemma|Proposition|Corollary|Definition|Exercise|Remark"
+    numbered = re.findall(rf"\*\*((?:{kinds}) [\d.]*\d(?: \([^$*`]+\))?)", text)  # with the title, if it is in words
+    figures = re.findall(r"^\*\*Figure ([\d.]*\d)\.\*\* (\w+ \w+)", text, re.M)
+    for said in numbered:
+        assert re.search(rf"{re.escape(said)}(?![\d.]*\d)", shown), f"{said} is not on the page"
+    for number, words in figures:
+        assert re.search(rf"Fig(ure|\.) {re.escape(number)} ?{re.escape(words)}", shown), f"Figure {number}: {words}"
+    tags = re.findall(r"\\tag\{([\d.]+)\}", text)
+    assert len(tags) == len(set(tags))
+    for tag in tags:
+        assert f"({tag})" in shown, f"({tag}) is not on the page"

@@ -1,6 +1,5 @@
 """The notebooks for Colab: up to date, in plain Markdown, with the book's code and numbers; one is run."""
 
-import html
 import json
 import re
 import sys
@@ -60,25 +59,6 @@ def test_code_is_the_chapters_own(name):
     pair = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
     assert code(stored(name))[1:] == code(pair)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in stored(name).cells)
-
-
-@each_notebook
-def test_numbers_are_those_of_the_page(name):
-    page = ROOT / "_build" / "html" / "book" / f"{name}.html"
-    require(page.exists(), "the built book (make book)")
-    shown = re.sub(r"<[^>]+>", "", page.read_text())
-    shown = " ".join(html.unescape(shown).split())
-    text = prose(stored(name))
-    numbered = re.findall(r"\*\*((?:Theorem|Lemma|Proposition|Corollary|Definition|Exercise|Remark) [\d.]*\d)", text)
-    figures = re.findall(r"^\*\*Figure ([\d.]*\d)\.\*\* (\w+ \w+)", text, re.M)
-    for said in numbered:
-        assert re.search(rf"{re.escape(said)}(?![\d.]*\d)", shown), f"{said} is not on the page"
-    for number, words in figures:
-        assert re.search(rf"Fig(ure|\.) {re.escape(number)} ?{re.escape(words)}", shown), f"Figure {number}: {words}"
-    tags = re.findall(r"\\tag\{([\d.]+)\}", text)
-    assert len(tags) == len(set(tags))
-    for tag in tags:
-        assert f"({tag})" in shown, f"({tag}) is not on the page"
 
 
 def test_chapters_are_numbered_through_the_parts():
