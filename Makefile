@@ -39,8 +39,8 @@ serve: .venv/.installed
 	@echo "The book is at http://localhost:$(PORT)/ until you press Ctrl-C"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
-# The cheap checks come first; the book is built once, and the browser opens that build.
-test: lint wheel unit mutations notebook-checks book browser
+# The cheap checks come first; the book is built once, and all that looks at pages opens that build.
+test: lint wheel book unit mutations notebook-checks browser
 
 # The paired .ipynb (executed, with the outputs of the claim cells only) and the notebooks for Colab.
 notebooks: .venv/.installed

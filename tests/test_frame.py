@@ -121,7 +121,7 @@ def test_ci_runs_the_readmes_command_and_skips_nothing():
     assert re.search(r"^export CI=true", read(".ci/run"), re.M) and "\nmake test\n" in read(".ci/run")
     assert "    make test " in read("README.md") and "    make book " in read("README.md")
     steps = re.search(r"^test: (.+)$", read("Makefile"), re.M)[1].split()
-    assert steps == ["lint", "wheel", "unit", "mutations", "notebook-checks", "book", "browser"]
+    assert steps == ["lint", "wheel", "book", "unit", "mutations", "notebook-checks", "browser"]
     assert "-W --keep-going" in read("Makefile") and "-o pipefail" in read("Makefile")
 
 
