@@ -36,9 +36,14 @@ def check(claim: str, value: float | Tensor, below: float | None = None, above: 
     """
     if below is None and above is None:
         raise ValueError("check: give a bound, below= or above=")
+    if any(bound is not None and not math.isfinite(bound) for bound in (below, above)):
+        raise ValueError(f"check: a bound must be finite, got below={below}, above={above}")
     if getattr(value, "size", None) is not None and getattr(value, "shape", ()) not in ((), (1,)):
         raise ValueError(f"check: value must be a single number, got shape {tuple(value.shape)}")  # type: ignore[union-attr]
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"check: value must be a single number, got {value!r}") from None
     within = (below is None or number < below) and (above is None or number > above)
     if not (math.isfinite(number) and within):
         bounds = ", ".join(

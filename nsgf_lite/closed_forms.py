@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nsgf_lite.sinkhorn import read_positive
+
 Vector = Tensor | Sequence[float] | float
 Matrix = Tensor | Sequence[Sequence[float]] | float
 
@@ -20,6 +22,8 @@ def _root(matrix: Tensor) -> Tensor:
 
 def _covariance(name: str, matrix: Matrix) -> Tensor:
     """Read a covariance, a number standing for a variance in one dimension; ValueError unless positive definite."""
+    if not isinstance(matrix, Tensor | Sequence | int | float) or isinstance(matrix, str):
+        raise ValueError(f"{name} must be a symmetric matrix (or a variance), got {matrix!r}")
     given = torch.as_tensor(matrix, dtype=torch.float64)
     square = given.reshape(1, 1) if given.ndim == 0 else given
     if (
@@ -37,12 +41,13 @@ def _mean(name: str, mean: Vector, d: int) -> Tensor:
     vector = torch.as_tensor(mean, dtype=torch.float64).reshape(-1)
     if vector.shape != (d,):
         raise ValueError(f"{name} must have {d} entries, got {vector.numel()}")
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"{name} must be finite, got {vector.tolist()}")
     return vector
 
 
 def _temperature(eps: float) -> float:
-    if not (eps > 0 and eps < float("inf")):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    read_positive(eps=eps)
     return float(eps)
 
 
@@ -164,10 +169,9 @@ def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Ten
     :prf:ref:`thm-two-atoms`
     """
     for name, mass in (("alpha", alpha), ("beta", beta)):
-        if not 0 < mass < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass}")
-    if not distance > 0:
-        raise ValueError(f"distance must be positive, got {distance}")
+        if not (isinstance(mass, int | float) and 0 < mass < 1):
+            raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
+    read_positive(distance=distance)
     k2 = torch.exp(torch.tensor(-(distance**2) / _temperature(eps), dtype=torch.float64))
     linear = (beta - alpha) + k2 * (alpha + 1 - beta)
     constant = k2 * alpha * (1 - beta)

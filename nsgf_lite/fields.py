@@ -106,9 +106,6 @@ class Wasserstein:
         """Velocity (n, d) of the particles x (n, d) towards the data y (m, d); particles of weight zero rest."""
         if at is not None:
             raise ValueError("at must be None: the exact plan gives a velocity at the particles only")
-        read_clouds(x=x, y=y)
-        if x.ndim != 2:
-            raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
         P = exact_plan(x, y, a, b)
         mass = P.sum(1, keepdim=True)
         return torch.where(mass > 0, P @ y.to(P) / mass.clamp_min(1e-300) - x.to(P), 0.0).to(x)
@@ -120,15 +117,17 @@ def exact_plan(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None =
     Raises
     ------
     ValueError
-        As :func:`nsgf_lite.potentials`.
+        As :func:`nsgf_lite.potentials`, or if the clouds are batches.
     """
     read_clouds(x=x, y=y)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
     a, b = read_weights("a", a, x), read_weights("b", b, y)
     X, Y, a, b = (t.detach().double().cpu() for t in (x, y, a, b))
     plan = ot.emd(
         (a / a.sum()).numpy(),
         (b / b.sum()).numpy(),
-        torch.cdist(X, Y).square().numpy(),
+        torch.cdist(X, Y, compute_mode="donot_use_mm_for_euclid_dist").square().numpy(),
         numItermax=10_000_000,
     )
     return torch.from_numpy(plan).to(x.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields import exact_plan
-from nsgf_lite.sinkhorn import read_clouds
+from nsgf_lite.sinkhorn import read_clouds, read_counts, read_positive
 from nsgf_lite.toy import Law
 
 
@@ -49,13 +49,14 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
     field_zoo
     """
     read_clouds(x=x, y=y)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
     z = torch.cat([x, y]).detach().double()
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
     if bandwidth is None:
         positive = distance[distance > 0]
         bandwidth = float(positive.median()) if len(positive) else 1.0
-    if not 0 < bandwidth < math.inf:
-        raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+    read_positive(bandwidth=bandwidth)
     kernel = torch.exp(-distance.square() / (2 * bandwidth**2))
     sign = torch.cat([torch.full((len(x),), 1 / len(x)), torch.full((len(y),), -1 / len(y))]).to(z)
     return max(float(sign @ kernel @ sign), 0.0)
@@ -77,6 +78,7 @@ def floor(
     -------
     two_dimensional_benchmark
     """
+    read_counts(pairs=pairs)
     if pairs < 2:
         raise ValueError(f"pairs must be at least 2, got {pairs}")
     values = torch.tensor([metric(law.sample(n, generator), law.sample(n, generator)) for _ in range(pairs)])

@@ -1,7 +1,6 @@
 """Follow a velocity field with particles, and record the path."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from nsgf_lite.fields import Field, Warm
-from nsgf_lite.sinkhorn import read_clouds
+from nsgf_lite.sinkhorn import read_clouds, read_counts, read_positive
 
 # Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.
 _METHODS: dict[str, list[list[float]]] = {
@@ -76,10 +75,10 @@ def follow(
     read_clouds(x=x, y=y)
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"step must be positive and finite, got {step}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    read_positive(step=step)
+    read_counts(steps=steps)
+    if stop_below is not None:
+        read_positive(stop_below=stop_below)
     given = {"a": a, "b": b, "generator": generator}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # A field that can start from its last solution is given a place to keep it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsgf_lite.solver import affinity, alternate, averaged
+from nsgf_lite.solver import affinity, alternate, averaged, softmax
 
 
 class ConvergenceWarning(UserWarning):
@@ -59,8 +59,23 @@ def read_clouds(**clouds: Tensor) -> None:
                 f"{first_name} and {name} must agree in batch and dimension, "
                 f"got {tuple(first.shape)} and {tuple(x.shape)}"
             )
-        if not bool(torch.isfinite(x).all()):
+        # One cheap pass; the sum of finite numbers may overflow, so only then is each looked at.
+        if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} must be finite, got NaN or inf")
+
+
+def read_positive(**numbers: float) -> None:
+    """Check that the named numbers are positive and finite; ValueError says which is not."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def read_counts(**counts: int) -> None:
+    """Check that the named numbers are positive integers; ValueError says which is not."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
@@ -169,11 +184,8 @@ class Problem:
 def read_problem(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int
 ) -> Problem:
-    for name, value in (("eps", eps), ("tol", tol)):
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
+    read_positive(eps=eps, tol=tol)
+    read_counts(max_iter=max_iter)
     read_clouds(x=x, y=y)
     own, single = y is x and b is a, x.ndim == 2
     a, b = read_weights("a", a, x), read_weights("b", b, y)
@@ -255,7 +267,7 @@ def plan(
     problem = read_problem(x, y, a, b, eps, tol, max_iter)
     _, exponent = problem.solve(tol, max_iter)
     # The last step made the rows exact; the softmax is that step.
-    rows = torch.softmax(exponent + problem.b.log().unsqueeze(-2), -1)
+    rows = softmax(exponent + problem.b.log().unsqueeze(-2))
     return problem.unbatch(rows * problem.a.unsqueeze(-1))
 
 
@@ -272,8 +284,8 @@ class BarycentricMap:
     def __call__(self, points: Tensor | None = None) -> Tensor:
         """Images (k, d) or (b, k, d) of the points, by default of the cloud x; differentiable in the points."""
         if points is None:
-            return torch.softmax(self._exponent + self.b.log().unsqueeze(-2), -1) @ self.y
-        return torch.cat([torch.softmax(S, -1) @ self.y for S, _ in self._blocks(points)], -2)
+            return softmax(self._exponent + self.b.log().unsqueeze(-2)) @ self.y
+        return torch.cat([softmax(S) @ self.y for S, _ in self._blocks(points)], -2)
 
     def potential(self, points: Tensor) -> Tensor:
         """Potential f (k,) or (b, k) at the points, extended by the Sinkhorn equation; differentiable in the points."""

@@ -34,7 +34,7 @@ def affinity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     badly in float32, so the norms are absorbed into the potentials, where they cancel by themselves.
     """
     if x.shape[-1] > PLANE:
-        return x @ y.mT, x.square().sum(-1) / 2, y.square().sum(-1) / 2
+        return x @ y.mT, (x * x).sum(-1) / 2, (y * y).sum(-1) / 2
     H = x.new_zeros(())
     for k in range(x.shape[-1]):
         gap = x[..., :, None, k] - y[..., None, :, k]
@@ -49,9 +49,18 @@ def _times(K: Tensor, w: Tensor) -> Tensor:
     return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(K, w, strict=True)])
 
 
-def _kernel(H: Tensor, f: Tensor, g: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """``exp((f + g + H) / eps)``, into the buffer `out` if there is one."""
-    return torch.add(H, g.unsqueeze(-2), out=out).add_(f.unsqueeze(-1)).div_(eps).exp_()
+def _exp_(S: Tensor) -> Tensor:
+    """Exponential in place, of exponents of at most moderate size. Results that would be denormal numbers, a hundred
+    times slower on every processor, are raised to one that is as negligible."""
+    return S.clamp_min_(0.85 * math.log(torch.finfo(S.dtype).tiny)).exp_()
+
+
+def softmax(S: Tensor) -> Tensor:
+    """Softmax over the last axis, in place of S unless it has a gradient."""
+    if S.requires_grad:
+        return torch.softmax(S, -1)
+    K = _exp_(S.sub_(S.amax(-1, keepdim=True)))
+    return K.div_(K.sum(-1, keepdim=True))
 
 
 def _l1(weights: Tensor, ratio: Tensor) -> float:
@@ -78,7 +87,7 @@ def alternate(
         # A row step in the log domain: the largest entry of each row becomes one, so that no row underflows.
         K = torch.add(H, g.unsqueeze(-2), out=K).div_(temperature)
         top = K.amax(-1)
-        K.sub_(top.unsqueeze(-1)).exp_()
+        _exp_(K.sub_(top.unsqueeze(-1)))
         f, u, v = -temperature * top, 1 / _times(K, b), torch.ones_like(b)
         for step in range(1, max_iter + 1):
             v = (v * (v * _times(K.mT, a * u)).clamp_min_(small) ** -w).clamp_max_(1 / small)
@@ -128,7 +137,7 @@ def newton(H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, steps: int, t
     S, f, dual = row_step(g)
     reach = torch.full_like(b[..., :1], 3)
     while True:
-        rows = torch.softmax(S, -1)
+        rows = softmax(S)
         P = rows * a.unsqueeze(-1)
         columns = P.sum(-2)
         error = float((columns - b).abs().sum(-1).max())
@@ -159,7 +168,8 @@ def averaged(H: Tensor, a: Tensor, eps: float, f: Tensor, tol: float, max_iter: 
     """Symmetric potential of the self problem: the fixed point of f <- (f + A f) / 2, from f."""
     small, steps, K = torch.finfo(H.dtype).tiny ** 0.5, 0, None
     while True:
-        K, u = _kernel(H, f, f, eps, out=K), torch.ones_like(f)
+        K = _exp_(torch.add(H, f.unsqueeze(-2), out=K).add_(f.unsqueeze(-1)).div_(eps))
+        u = torch.ones_like(f)
         error, spread = math.inf, 1.0
         while error > tol and steps < max_iter and spread < small**-0.5:
             row = _times(K, a * u).clamp_min_(small)

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from nsgf_lite.sinkhorn import read_counts
+
 
 class Law(Protocol):
     """Anything with ``sample(n, generator, dtype) -> (n, d)``."""
@@ -17,18 +19,19 @@ class Law(Protocol):
 
 
 def _uniform(n: int, generator: Generator, dtype: torch.dtype) -> Tensor:
-    _check(n, generator)
+    _check(n, generator, dtype)
     return torch.rand(n, generator=generator, dtype=dtype, device=generator.device)
 
 
 def _normal(n: int, generator: Generator, dtype: torch.dtype, d: int = 2) -> Tensor:
-    _check(n, generator)
+    _check(n, generator, dtype)
     return torch.randn(n, d, generator=generator, dtype=dtype, device=generator.device)
 
 
-def _check(n: int, generator: Generator) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be a positive integer, got {n!r}")
+def _check(n: int, generator: Generator, dtype: torch.dtype) -> None:
+    read_counts(n=n)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
     if not isinstance(generator, Generator):
         raise ValueError(f"generator must be a torch.Generator (chance is always explicit here), got {generator!r}")
 
@@ -48,6 +51,8 @@ class Gaussian:
         mean = torch.tensor(self.mean, dtype=torch.float64)
         covariance = torch.tensor(self.covariance, dtype=torch.float64)
         d = len(mean)
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError(f"mean must be finite, got {self.mean}")
         if covariance.shape != (d, d) or not torch.equal(covariance, covariance.T):
             raise ValueError(f"covariance must be a symmetric {d} by {d} matrix, got {self.covariance}")
         root, failed = torch.linalg.cholesky_ex(covariance)

@@ -53,7 +53,7 @@ MUTATIONS = [
     Mutation("gradient in weights with the wrong sign", "divergence", "da = weight * f", "da = -weight * f"),
     # potentials, plans, maps
     Mutation("plan ignores the source weights", "sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
-    Mutation("plan ignores the target weights", "sinkhorn", "rows = torch.softmax(exponent + problem.b.log().unsqueeze(-2), -1)", "rows = torch.softmax(exponent, -1)"),
+    Mutation("plan ignores the target weights", "sinkhorn", "rows = softmax(exponent + problem.b.log().unsqueeze(-2))", "rows = softmax(exponent + 0.0)"),
     Mutation("plan at twice the temperature", "sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
     Mutation("potentials swapped", "sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
     Mutation("extended map ignores the weights", "sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
