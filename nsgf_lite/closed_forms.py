@@ -22,9 +22,10 @@ def _root(matrix: Tensor) -> Tensor:
 
 def _covariance(name: str, matrix: Matrix) -> Tensor:
     """Read a covariance, a number standing for a variance in one dimension; ValueError unless positive definite."""
-    if not isinstance(matrix, Tensor | Sequence | int | float) or isinstance(matrix, str):
-        raise ValueError(f"{name} must be a symmetric matrix (or a variance), got {matrix!r}")
-    given = torch.as_tensor(matrix, dtype=torch.float64)
+    try:
+        given = torch.as_tensor(matrix, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a symmetric matrix (or a variance), got {matrix!r}") from None
     square = given.reshape(1, 1) if given.ndim == 0 else given
     if (
         square.ndim != 2
@@ -102,10 +103,10 @@ def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tenso
     :prf:ref:`thm-gaussian-plan`
     """
     A, B, eps = _covariance("A", A), _covariance("B", B), _temperature(eps)
-    d = len(A)
-    a, b = _mean("a", a, d), _mean("b", b, d)
     if A.shape != B.shape:
         raise ValueError(f"A and B must have one size, got {tuple(A.shape)} and {tuple(B.shape)}")
+    d = len(A)
+    a, b = _mean("a", a, d), _mean("b", b, d)
     root = _root(A)
     D = (4 * torch.linalg.eigvalsh(root @ B @ root).clamp_min(0) + eps**2).sqrt()
     transport = (a - b).square().sum() + A.trace() + B.trace() - D.sum()

@@ -268,7 +268,7 @@ def plan(
     _, exponent = problem.solve(tol, max_iter)
     # The last step made the rows exact; the softmax is that step.
     rows = softmax(exponent + problem.b.log().unsqueeze(-2))
-    return problem.unbatch(rows * problem.a.unsqueeze(-1))
+    return problem.unbatch(rows * problem.a.unsqueeze(-1) * (problem.b > 0).unsqueeze(-2))
 
 
 @dataclass(frozen=True)
