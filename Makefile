@@ -14,6 +14,8 @@ WORKERS ?= 2
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS :=
+# POT imports every array library that it finds; JAX, the tests' second opinion, costs most of a second each time.
+export POT_BACKEND_DISABLE_JAX := 1
 export NSGF_WORKERS := $(WORKERS)
 
 BIN := .venv/bin
