@@ -16,6 +16,8 @@ import nsgf_lite as nl
 
 F64 = torch.float64
 TOL = 1e-13
+# A solve that does not converge is a failure here, at once.
+pytestmark = pytest.mark.filterwarnings("error::nsgf_lite.ConvergenceWarning")
 
 
 def points(generator, n, d=2):
@@ -185,6 +187,11 @@ def test_thm_first_variation(seed, eps):
     assert all(e <= bound * t for e, t in zip(errors, steps, strict=True))
     # F is convex, so the remainder has a sign.
     assert all(r > t * slope for r, t in zip(rises, steps, strict=True))
+
+    # Automatic differentiation in the weights gives the same function, up to a constant.
+    mass = a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(x, y, eps, mass, b), mass)
+    assert osc(gradient - (cross - own)) < 1e-10
 
     # The sandwich of the cross term, at large steps.
     for t in (1.0, 0.3):
