@@ -58,7 +58,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
         bandwidth = float(positive.median()) if len(positive) else 1.0
     read_positive(bandwidth=bandwidth)
     kernel = torch.exp(-distance.square() / (2 * bandwidth**2))
-    sign = torch.cat([torch.full((len(x),), 1 / len(x)), torch.full((len(y),), -1 / len(y))]).to(z)
+    sign = torch.cat([z.new_full((len(x),), 1 / len(x)), z.new_full((len(y),), -1 / len(y))])
     return max(float(sign @ kernel @ sign), 0.0)
 
 
