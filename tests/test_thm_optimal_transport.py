@@ -176,7 +176,7 @@ def test_thm_potential_gradient(d, eps):
     assert eigenvalues.max() <= radius**2 / eps + 1e-6
 
 
-def test_thm_potential_gradient_bound_is_reached():
+def test_potential_gradient_bound_is_reached():
     """Two opposite pairs: T(x) = tanh(<x,y>/eps) y, with slope R^2/eps at 0."""
     y = torch.tensor([[0.6, 0.8], [-0.6, -0.8]], dtype=F64)
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=F64)
@@ -241,7 +241,7 @@ def test_thm_birkhoff(seed, eps):
 
 
 @pytest.mark.parametrize("eps", [0.4, 1.0, 3.0])
-def test_thm_birkhoff_is_sharp(eps):
+def test_birkhoff_is_sharp(eps):
     """Two atoms at distance 2R: the constant tanh(R^2/eps) is reached."""
     x = torch.tensor([[-1.0], [1.0]], dtype=F64)
     half, c = torch.full((2,), 0.5, dtype=F64), cost(x, x)
@@ -317,7 +317,7 @@ def test_thm_gaussian_plan(a, A, b, B, eps):
     assert (T(points) - (b + (points - a) @ M)).abs().max() < 1e-6
 
 
-def test_thm_gaussian_plan_plane():
+def test_gaussian_plan_plane():
     """Covariances that do not commute: the slope is M, not C A^{-1}."""
     a, b, eps = matrix([0.2, -0.1]), matrix([-0.4, 0.6]), 1.0
     A, B = matrix([[1.0, 0.6], [0.6, 0.8]]), matrix([[0.6, -0.3], [-0.3, 1.2]])
@@ -335,7 +335,7 @@ def test_thm_gaussian_plan_plane():
 
 @pytest.mark.parametrize("eps", [0.05, 1.0, 10.0])
 @pytest.mark.parametrize("d", [1, 2, 3, 5])
-def test_thm_gaussian_plan_algebra(d, eps):
+def test_gaussian_plan_algebra(d, eps):
     generator = torch.Generator().manual_seed(d)
     root = torch.randn(2, d, d, generator=generator, dtype=F64)
     A, B = root @ root.mT + 0.3 * torch.eye(d, dtype=F64)
@@ -376,7 +376,7 @@ def test_thm_entropic_gap(seed):
     assert last <= (a @ c @ b).item() + 1e-8
 
 
-def test_thm_entropic_gap_is_reached():
+def test_entropic_gap_is_reached():
     """n distant pairs: the gap is eps log n up to an exponentially small term."""
     n, eps = 8, 0.05
     x = 2 * torch.arange(n, dtype=F64)[:, None]
@@ -434,7 +434,7 @@ def test_thm_self_averaging(seed, eps):
 
 
 @pytest.mark.parametrize("eps", [0.003, 0.03, 0.3])
-def test_thm_self_averaging_counts(eps):
+def test_self_averaging_counts(eps):
     """The self problem takes about as many steps as halvings, at every temperature."""
     x, _, a, _, _ = problem(5, n=40)
     own = nl.potentials(x, x, eps, a, a, tol=1e-10)
