@@ -228,8 +228,8 @@ def provenance(seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
-    parser.add_argument("--budget", type=float, default=20, help="seconds for one method on one problem (default 20)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--budget", type=float, default=3, help="seconds for one method on one problem (default 3)")
     parser.add_argument("--large", type=int, default=20_000, help="points of the memory measurement (default 20,000)")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
@@ -237,9 +237,9 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     rows = compare(options.rounds, options.budget)
+    print(table(rows), *verdicts(rows), sep="\n")
     big = large(options.large)
     record = {"provenance": provenance(time.perf_counter() - start), "rows": rows, "large": big}
-    print(table(rows), *verdicts(rows), sep="\n")
     print(f"{big['points']} points: {big['gibibytes']:.1f} GiB, {big['seconds']:.0f} s")
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     if options.record:
