@@ -55,6 +55,7 @@ MUTATIONS = [
     Mutation("plan ignores the source weights", "sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
     Mutation("plan ignores the target weights", "sinkhorn", "rows = softmax(exponent + problem.b.log().unsqueeze(-2))", "rows = softmax(exponent + 0.0)"),
     Mutation("plan at twice the temperature", "sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
+    Mutation("plan transposed", "sinkhorn", "return problem.unbatch(rows * problem.a.unsqueeze(-1))", "return problem.unbatch(rows * problem.a.unsqueeze(-1)).mT"),
     Mutation("potentials swapped", "sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
     Mutation("extended map ignores the weights", "sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
     Mutation("extended potential with the wrong sign", "sinkhorn", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
@@ -71,6 +72,7 @@ MUTATIONS = [
     Mutation("Newton's direction reversed", "solver", "(b - columns).unsqueeze(-1)", "(columns - b).unsqueeze(-1)"),
     # particles and metrics
     Mutation("particles step backwards", "particles", "path[-1] + step * sum(", "path[-1] - step * sum("),
+    Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
     Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
 ]  # fmt: skip
 
