@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation("plan ignores the source weights", "sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
     Mutation("plan ignores the target weights", "sinkhorn", "rows = softmax(exponent + problem.b.log().unsqueeze(-2))", "rows = softmax(exponent + 0.0)"),
     Mutation("plan at twice the temperature", "sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
-    Mutation("plan transposed", "sinkhorn", "return problem.unbatch(rows * problem.a.unsqueeze(-1))", "return problem.unbatch(rows * problem.a.unsqueeze(-1)).mT"),
+    Mutation("plan transposed", "sinkhorn", "(problem.b > 0).unsqueeze(-2))", "(problem.b > 0).unsqueeze(-2)).mT"),
     Mutation("potentials swapped", "sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
     Mutation("extended map ignores the weights", "sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
     Mutation("extended potential with the wrong sign", "sinkhorn", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
