@@ -38,8 +38,7 @@ def reports():
 
     with ThreadPoolExecutor(2) as pool:
         return {
-            name: (done.returncode, done.stdout)
-            for name, done in zip(EXPECTED, pool.map(run, EXPECTED), strict=True)
+            name: (done.returncode, done.stdout) for name, done in zip(EXPECTED, pool.map(run, EXPECTED), strict=True)
         }
 
 
@@ -81,17 +80,13 @@ def test_written_notebooks_settle_and_a_raising_cell_stops_them(tmp_path, capsys
     chapter.write_text(CHAPTER % "1")
     assert notebooks.write(root=tmp_path) == 0
     first = notebook.read_bytes()
-    assert (
-        first.count(b'"outputs": []') == 1 and b"holds: x is 1" in first and b"jupytext_version" not in first
-    )
+    assert first.count(b'"outputs": []') == 1 and b"holds: x is 1" in first and b"jupytext_version" not in first
     assert notebooks.write(root=tmp_path) == 0 and "unchanged" in capsys.readouterr().out
     assert notebooks.write(root=tmp_path, everything=True) == 0 and notebook.read_bytes() == first
 
     (tmp_path / "nsgf_lite").mkdir()
     (tmp_path / "nsgf_lite" / "new.py").write_text("")
-    assert notebooks.write(root=tmp_path) == 0 and "page: written" in capsys.readouterr().out, (
-        "the library changed"
-    )
+    assert notebooks.write(root=tmp_path) == 0 and "page: written" in capsys.readouterr().out, "the library changed"
 
     chapter.write_text(CHAPTER % "1 / 0")
     assert notebooks.write(root=tmp_path) == 1 and "ZeroDivisionError" in capsys.readouterr().err
