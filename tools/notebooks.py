@@ -27,9 +27,7 @@ TIMEOUT = 600  # seconds a cell may take
 
 def chapters(root=ROOT):
     """The .md files of book/ that have a Jupytext header: those with a notebook beside them."""
-    return [
-        path for path in sorted((root / "book").glob("*.md")) if path.read_text().startswith("---\njupytext:")
-    ]
+    return [path for path in sorted((root / "book").glob("*.md")) if path.read_text().startswith("---\njupytext:")]
 
 
 def is_claim(cell):
@@ -58,9 +56,7 @@ def name_cells(notebook):
 def text(notebook):
     """The bytes of the file: sorted keys, one space of indentation, a newline at the end."""
     nbformat.validate(notebook)
-    return (
-        nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1, sort_keys=True).rstrip("\n") + "\n"
-    )
+    return nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1, sort_keys=True).rstrip("\n") + "\n"
 
 
 def execute(path):
@@ -125,9 +121,7 @@ def write(names=(), everything=False, root=ROOT):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("write", help="execute the chapters and write the paired notebooks")
     sub.add_argument("names", nargs="*", metavar="NAME")
