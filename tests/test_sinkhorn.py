@@ -437,7 +437,7 @@ def test_translation():
     x32, y32, a32, b32 = ((t + s).float() for t, s in ((x, shift), (y, shift), (a, 0), (b, 0)))
     exact = nl.fields.Sinkhorn(0.3, tol=1e-12)(x32.double(), y32.double(), a=a32.double() / a32.double().sum(), b=b)
     v = nl.fields.Sinkhorn(0.3, tol=1e-5)(x32, y32, a=a32, b=b32)
-    reached("float32 velocity at offset 1000", (v - exact).norm() / exact.norm(), 3e-4)
+    reached("float32 velocity at offset 1000", (v - exact).norm() / exact.norm(), 1e-3)
     value = nl.sinkhorn_divergence(x32, y32, 0.3, a32, b32, tol=1e-5)
     reached("float32 S at offset 1000", (value - S).abs(), 1e-4)
 
