@@ -79,7 +79,7 @@ def by_pot(x: Tensor, y: Tensor, eps: float, tol: float) -> Velocity:
 
     def images(Z: np.ndarray) -> np.ndarray:
         P = ot.bregman.sinkhorn_log(
-            ot.unif(len(X), type_as=X), ot.unif(len(Z), type_as=X), ot.dist(X, Z), 2 * eps, 2_000, stopThr=tol
+            ot.unif(len(X), type_as=X), ot.unif(len(Z), type_as=X), ot.dist(X, Z), 2 * eps, 1_000, stopThr=tol
         )
         return P @ Z / P.sum(1, keepdims=True)
 
@@ -89,9 +89,9 @@ def by_pot(x: Tensor, y: Tensor, eps: float, tol: float) -> Velocity:
 def by_ott(x: Tensor, y: Tensor, eps: float, tol: float) -> Velocity:
     """Its cost is the squared distance, so twice the temperature; jitted, its symmetric scheme for the self term."""
     X, Y = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
-    plain = ott_sinkhorn.Sinkhorn(threshold=tol, max_iterations=20_000)
+    plain = ott_sinkhorn.Sinkhorn(threshold=tol, max_iterations=2_000)
     symmetric = ott_sinkhorn.Sinkhorn(
-        threshold=tol, max_iterations=20_000, parallel_dual_updates=True, momentum=acceleration.Momentum(0, 0.5)
+        threshold=tol, max_iterations=2_000, parallel_dual_updates=True, momentum=acceleration.Momentum(0, 0.5)
     )
 
     def images(X: "jax.Array", Z: "jax.Array", solver: ott_sinkhorn.Sinkhorn) -> "jax.Array":
