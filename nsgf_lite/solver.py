@@ -99,7 +99,7 @@ def alternate(
                 error = _l1(b, v * _times(K.mT, a / row))
                 if error <= tol or steps >= min(max_iter, patience) or _spread(row, v) > small**-0.5:
                     break
-                w, history = _relaxation(w, [*history, error])
+                w, history = relaxation(w, [*history, error])
             u = (u * (u * row) ** -w).clamp_max_(1 / small)
         f, g = f - temperature * row.log(), g + temperature * v.log()
         if temperature <= eps and (error <= tol or steps >= max_iter):
@@ -109,15 +109,19 @@ def alternate(
         temperature = max(eps, temperature / 8)
 
 
-def _relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
+def relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
     """Over-relaxation exponent for the next steps, and the errors seen under it so far.
 
-    The plain iteration (w = 1) contracts at a rate r that two looks reveal; Young's optimum is ``2 / (1 + sqrt(1-r))``.
+    Two looks reveal the rate r of the iteration, and Young's equation the rate of the plain one behind it,
+    ``(r + w - 1)^2 / (w^2 r)``; for that the optimum is ``2 / (1 + sqrt(1 - plain))``. It is taken when it is larger.
     The guard: four looks without progress bring w back towards one, where convergence is certain.
     """
-    if w == 1 and len(history) > 1 and history[-1] < history[-2]:
+    if len(history) > (1 if w == 1 else 2) and history[-1] < history[-2]:
         rate = (history[-1] / history[-2]) ** (1 / CHECK)
-        return min(1.95, 2 / (1 + math.sqrt(1 - rate))), history[-1:]
+        plain = (rate + w - 1) ** 2 / (w * w * rate) if rate > w - 1 else 0.0
+        best = min(1.95, 2 / (1 + math.sqrt(max(0.0, 1 - plain))))
+        if best > w + 0.02:
+            return best, history[-1:]
     if w > 1 and len(history) > 4 and min(history[-4:]) >= min(history[:-4]):
         return 1 + 0.7 * (w - 1), history[-1:]
     return w, history

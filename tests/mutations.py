@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("cost without its one half", "solver", "H = (gap * gap).mul_(-0.5) if k == 0 else H.addcmul_(gap, gap, value=-0.5)", "H = (gap * gap).mul_(-1.0) if k == 0 else H.addcmul_(gap, gap, value=-1.0)"),
     Mutation("row step ignores the weights", "solver", "row = _times(K, b * v)", "row = _times(K, v / b.shape[-1])"),
     Mutation("self problem not averaged", "solver", "u = (u / row).sqrt_()", "u = 1 / row"),
-    Mutation("over-relaxation by the wrong root", "solver", "2 / (1 + math.sqrt(1 - rate))", "2 / (1 + (1 - rate))"),
+    Mutation("over-relaxation by the wrong root", "solver", "2 / (1 + math.sqrt(max(0.0, 1 - plain)))", "2 / (1 + max(0.0, 1 - plain))"),
     Mutation("Newton's direction reversed", "solver", "(b - columns).unsqueeze(-1)", "(columns - b).unsqueeze(-1)"),
     # particles and metrics
     Mutation("particles step backwards", "particles", "path[-1] + step * sum(", "path[-1] - step * sum("),
@@ -99,7 +99,7 @@ def failing(mutation: Mutation) -> list[str]:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode not in (0, 1):
         raise SystemExit(f"mutation {mutation.name!r}: pytest could not run\n{done.stdout}\n{done.stderr}")
-    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S+::(test_thm_\w+)", done.stdout, re.M)))
+    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S*::(test_thm_\w+)", done.stdout, re.M)))
 
 
 def main() -> int:

@@ -193,7 +193,7 @@ def test_thm_overrelaxation(shape, eps):
 def test_thm_overrelaxation_is_what_the_solver_does(lam):
     """A plain rate that two looks reveal makes Young's exponent."""
     looks = [1e-1, 1e-1 * lam**solver.CHECK]
-    w, _ = solver._relaxation(1.0, looks)
+    w, _ = solver.relaxation(1.0, looks)
     assert w == pytest.approx(2 / (1 + math.sqrt(1 - lam)), abs=1e-9)
 
 
