@@ -21,7 +21,7 @@ def main() -> None:
     for cell in jupytext.read(ROOT / "book" / "intro.md").cells:
         if cell.cell_type == "code" and "fig" not in names:
             exec(compile(cell.source, "book/intro.md", "exec"), names)
-    names["fig"].savefig(ROOT / "book" / "_static" / "idea.png", dpi=140, metadata={"Software": None})
+    names["fig"].savefig(ROOT / "book" / "_static" / "idea.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":
