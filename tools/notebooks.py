@@ -15,6 +15,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import jupytext
@@ -102,7 +103,8 @@ def write(names=(), everything=False, root=ROOT):
         else:
             print(f"{path.stem}: unchanged")
     failures = 0
-    with ProcessPoolExecutor(max_workers=2) as pool:
+    # Not forked: whoever calls this may have threads.
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         for path, job in [(path, pool.submit(execute, path)) for path in todo]:
             try:
                 path.with_suffix(".ipynb").write_text(job.result())
