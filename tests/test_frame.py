@@ -275,9 +275,9 @@ def test_the_theorem_index_has_titles_links_tests_and_mutations(small_book):
     assert r"| {prf:ref}`thm-second-one` | Second \| with a bar | `test_thm_second_one` | 0 |" in table
 
 
-def test_the_mutation_table_names_the_tests_that_noticed(small_book):
+def test_the_mutation_table_names_the_theorems_that_noticed(small_book):
     table = book_extension.mutations_table(small_book)
-    assert r"| sign | `sinkhorn.py` | `x` → `-x \| y` | `test_thm_first` |" in table
+    assert r"| sign | `x` → `-x \| y` in `sinkhorn.py` | {prf:ref}`thm-first` |" in table
     (small_book / "book/results/mutations.json").unlink()
     assert "|" not in book_extension.mutations_table(small_book)
 

@@ -135,15 +135,15 @@ def theorems_table(root: Path = ROOT) -> str:
 
 
 def mutations_table(root: Path = ROOT) -> str:
+    labels = {s.label: name_of_test(s.label) for s in statements(root)}
     rows = []
     for row in recorded_mutations(root):
-        tests = sorted({bare(test) for test in row["killed_by"]})
-        shown = ", ".join(f"`{test}`" for test in tests[:4]) + (f" and {len(tests) - 4} more" if len(tests) > 4 else "")
         change = " → ".join(f"`{side.strip()}`" for side in row["what"].split("→"))
-        rows.append((row["mutation"], f"`{row['file']}`", change, shown))
+        noticed = [f"{{prf:ref}}`{label}`" for label, test in labels.items() if test in map(bare, row["killed_by"])]
+        rows.append((row["mutation"], f"{change} in `{row['file']}`", ", ".join(noticed)))
     if not rows:
         return "No run of the mutations has been recorded yet."
-    return table(("Mutation", "File", "The formula, and what it became", "Tests that noticed"), rows)
+    return table(("Mutation", "The formula, and what it became", "Noticed by the tests of"), rows)
 
 
 def versions_table(root: Path = ROOT) -> str:
