@@ -9,11 +9,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def require(condition, reason):
-    """Skip the test unless the condition holds, or fail it if CI is set: nothing may be missing there."""
+def require(condition, reason, where="CI"):
+    """Skip the test unless the condition holds; where the environment variable is set nothing may be missing: fail."""
     if condition:
         return
-    if os.environ.get("CI"):
+    if os.environ.get(where):
         pytest.fail(f"missing on CI: {reason}", pytrace=False)
     pytest.skip(reason)
 
@@ -40,5 +40,5 @@ def one_thread():
 def data():
     """The folder of recorded data beside the repository."""
     folder = ROOT.parent / "shared" / "data"
-    require(folder.is_dir(), "../shared/data, the recorded data sets")
+    require(folder.is_dir(), "../shared/data, the recorded data sets", where="NSGF_CI")
     return folder

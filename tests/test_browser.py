@@ -173,12 +173,19 @@ class Visits(dict):
         return len(folds), stuck, buried
 
 
+def chromium(playwright):
+    """The system's Chromium, or the one that `playwright install chromium` fetched; None where there is neither."""
+    fetched = playwright.chromium.executable_path
+    return shutil.which("chromium") or (fetched if Path(fetched).is_file() else None)
+
+
 @pytest.fixture(scope="module")
 def visits():
     require(PAGES, "the built book (make book)")
-    require(shutil.which("chromium"), "the browser chromium")
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as playwright:
+        require(chromium(playwright), "the browser chromium")
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(SITE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -189,7 +196,7 @@ def visits():
         "--disable-background-networking",
     ]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium(playwright), args=arguments)
         yield Visits(browser, f"http://127.0.0.1:{server.server_port}/")
         browser.close()
     server.shutdown()

@@ -16,7 +16,7 @@ import book_extension
 import pytest
 import repository
 import yaml
-from conftest import ROOT
+from conftest import ROOT, require
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -118,11 +118,24 @@ def test_scripts_stop_at_the_first_failure(script):
 
 
 def test_ci_runs_the_readmes_command_and_skips_nothing():
-    assert re.search(r"^export CI=true", read(".ci/run"), re.M) and "\nmake test\n" in read(".ci/run")
+    assert "\nexport CI=true " in read(".ci/run") and "\nexport NSGF_CI=1 " in read(".ci/run")
+    assert "\nmake test\n" in read(".ci/run")
     assert "    make test " in read("README.md") and "    make book " in read("README.md")
     steps = re.search(r"^test: (.+)$", read("Makefile"), re.M)[1].split()
     assert steps == ["lint", "wheel", "book", "unit", "mutations", "notebook-checks", "browser"]
     assert "-W --keep-going" in read("Makefile") and "-o pipefail" in read("Makefile")
+
+
+@pytest.mark.parametrize("variable", ["CI", "NSGF_CI"])
+def test_what_is_missing_is_skipped_at_home_and_fails_on_ci(variable, monkeypatch):
+    monkeypatch.delenv(variable, raising=False)
+    require(True, "a thing that is there", where=variable)
+    with pytest.raises(pytest.skip.Exception, match="a browser"):
+        require(False, "a browser", where=variable)
+    monkeypatch.setenv(variable, "1")
+    require(True, "a thing that is there", where=variable)
+    with pytest.raises(pytest.fail.Exception, match="missing on CI: a browser"):
+        require(False, "a browser", where=variable)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

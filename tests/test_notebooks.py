@@ -1,6 +1,7 @@
 """The sentinel: the command line by which CI executes the notebooks turns red on planted faults."""
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,10 @@ def test_planted_faults_are_found(reports, name):
 
 
 def test_makefile_and_ci_use_this_command():
-    assert "tools/nbval.sh" in (ROOT / "Makefile").read_text()
+    """`make test`, which CI runs, contains `make notebook-checks`, and that is this command line with no arguments."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^test:.* notebook-checks\b", makefile, re.M)
+    assert re.search(r"^notebook-checks:.*\n\ttools/nbval\.sh\n\n", makefile, re.M)
 
 
 CHAPTER = """\
