@@ -40,7 +40,12 @@ class Sinkhorn:
     eps : float
         Temperature, in units of squared length (the cost is ``|x - y|^2 / 2``).
     tol : float
-        L1 marginal error at which the two solves stop.
+        L1 marginal error at which the two solves stop; a :class:`nsgf_lite.ConvergenceWarning` where one does not.
+
+    Raises
+    ------
+    ValueError
+        When called, as :func:`nsgf_lite.potentials`.
 
     Source
     ------
@@ -84,13 +89,18 @@ class Wasserstein:
 
     Defined at the particles only: the exact potential has kinks between them.
 
+    Raises
+    ------
+    ValueError
+        When called, as :func:`exact_plan`, or if `at` is given.
+
     Source
     ------
     Ambrosio, Gigli, Savaré (2008), Theorem 8.4.7; the plan by POT's network simplex.
 
     Used in
     -------
-    :prf:ref:`thm-small-eps`
+    :doc:`/book/optimal_transport`
     """
 
     def __call__(
@@ -118,6 +128,10 @@ def exact_plan(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None =
     ------
     ValueError
         As :func:`nsgf_lite.potentials`, or if the clouds are batches.
+
+    Used in
+    -------
+    :doc:`/book/sinkhorn_divergence`
     """
     read_clouds(x=x, y=y)
     if x.ndim != 2:

@@ -23,7 +23,7 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
 
     Used in
     -------
-    :prf:ref:`thm-small-eps`, :prf:ref:`thm-entropic-gap`
+    :prf:ref:`thm-small-eps`, :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`
     """
     P = exact_plan(x, y, a, b)
     distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -46,7 +46,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
 
     Used in
     -------
-    field_zoo
+    No chapter yet.
     """
     read_clouds(x=x, y=y)
     if x.ndim != 2:
@@ -65,18 +65,18 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
 def floor(
     law: Law, n: int, generator: Generator, metric: Callable[[Tensor, Tensor], float] = w2, pairs: int = 8
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the metric between two independent samples of n points of one law.
+    """Mean and standard deviation of the metric between two independent samples (n, d) of n points of one law.
 
     A perfect generator scores this much, so distances are read beside it.
 
     Raises
     ------
     ValueError
-        If there are fewer than two pairs.
+        If there are fewer than two pairs, or n is not a positive integer.
 
     Used in
     -------
-    two_dimensional_benchmark
+    No chapter yet.
     """
     read_counts(pairs=pairs)
     if pairs < 2:

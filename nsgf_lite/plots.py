@@ -7,7 +7,6 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def use() -> None:
 
     Used in
     -------
-    Every chapter's first cell.
+    The first cell of every chapter that draws.
     """
     plt.rcParams.update(
         {
@@ -55,6 +54,11 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
     ------
     ValueError
         If x has not shape (n, 2).
+
+    Used in
+    -------
+    :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`
     """
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
@@ -70,6 +74,10 @@ def arrows(ax: "Axes", x: Tensor, v: Tensor, color: str = GREY, **options: Any) 
     ------
     ValueError
         If the shapes are not (n, 2) both.
+
+    Used in
+    -------
+    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`
     """
     if x.shape != v.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x and v must both have shape (n, 2), got {tuple(x.shape)} and {tuple(v.shape)}")
@@ -96,6 +104,11 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
     ------
     ValueError
         If there are fewer than two or more than 40 values, or alt does not name the value.
+
+    Used in
+    -------
+    :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`
     """
     from ipywidgets import HTML, IntSlider, Layout, Stack, VBox, jslink
 
@@ -122,9 +135,3 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
     )
     jslink((slider, "value"), (stack, "selected_index"))
     return VBox([slider, stack], layout=Layout(width="100%"))
-
-
-def grid(low: float, high: float, n: int) -> np.ndarray:
-    """Points (n * n, 2) of a square grid, row by row, for fields drawn on a background."""
-    axis = np.linspace(low, high, n)
-    return np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)

@@ -273,7 +273,16 @@ def plan(
 
 @dataclass(frozen=True)
 class BarycentricMap:
-    """The barycentric projection T of an entropic plan and the potential f, whose gradient is ``x - T(x)``, on R^d."""
+    """The barycentric projection T of an entropic plan and the potential f, whose gradient is ``x - T(x)``, on R^d.
+
+    ``y`` (m, d) or (b, m, d) and ``b`` (m,) or (b, m) are the data and their weights, ``solution`` the potentials;
+    :func:`barycentric_map` makes it.
+
+    Raises
+    ------
+    ValueError
+        When called with points that do not fit ``y`` in dimension, batch, dtype or device, or that are not finite.
+    """
 
     y: Tensor
     b: Tensor

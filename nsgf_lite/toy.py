@@ -11,10 +11,11 @@ from nsgf_lite.sinkhorn import read_counts
 
 
 class Law(Protocol):
-    """Anything with ``sample(n, generator, dtype) -> (n, d)``."""
+    """Anything with ``sample(n, generator, dtype) -> (n, d)``; the laws below raise ValueError on an n below one, on a
+    generator that is none, and on a dtype other than float32 and float64."""
 
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw n points."""
+        """Draw n points, shape (n, d), on the generator's device."""
         ...
 
 
@@ -40,7 +41,10 @@ def _check(n: int, generator: Generator, dtype: torch.dtype) -> None:
 class Gaussian:
     """Normal law with the given mean (d numbers) and covariance (d by d); standard in the plane by default.
 
-    Used in: every chapter.
+    Used in
+    -------
+    :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/choosing`
     """
 
     mean: tuple[float, ...] = (0.0, 0.0)
@@ -69,7 +73,9 @@ class EightGaussians:
     The defaults are torchcfm's: radius 5 and *covariance* ``sqrt(0.1) I``, which is a standard deviation of 0.562.
     FFJORD's scale is ``EightGaussians(radius=2.8284, sigma=0.3536)``.
 
-    Used in: sinkhorn_first_variation, speed.
+    Used in
+    -------
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`, :doc:`/book/choosing`
     """
 
     radius: float = 5.0
@@ -88,7 +94,9 @@ class Moons:
 
     The defaults, noise 0.2, scale 3 and shift -1 (in both coordinates), are torchcfm's.
 
-    Used in: sinkhorn_first_variation, speed.
+    Used in
+    -------
+    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`, :doc:`/book/choosing`
     """
 
     noise: float = 0.2
@@ -111,7 +119,9 @@ class SCurve:
 
     Angle t uniform in (-3π/2, 3π/2); the point is ``(sin t, sign(t)(cos t - 1))``.
 
-    Used in: two_dimensional_benchmark.
+    Used in
+    -------
+    :doc:`/book/intro`
     """
 
     noise: float = 0.05
@@ -128,7 +138,9 @@ class SCurve:
 class Checkerboard:
     """Uniform law on the eight dark squares of a 4 by 4 board that fills ``[-side/2, side/2]^2``; side 4 by default.
 
-    Used in: two_dimensional_benchmark.
+    Used in
+    -------
+    :doc:`/book/optimal_transport`
     """
 
     side: float = 4.0
@@ -148,7 +160,9 @@ class Circles:
 
     The law of scikit-learn's ``make_circles(noise, factor)``, times `scale`.
 
-    Used in: sinkhorn_divergence.
+    Used in
+    -------
+    :doc:`/book/sinkhorn_divergence`
     """
 
     ratio: float = 0.5
@@ -167,7 +181,9 @@ class Circles:
 class Spiral:
     """Two opposite Archimedean arms: ``r = scale * sqrt(u)`` at angle ``turns * 2π sqrt(u)``, u uniform, with noise.
 
-    Used in: field_zoo.
+    Used in
+    -------
+    :doc:`/book/optimal_transport`
     """
 
     turns: float = 1.5

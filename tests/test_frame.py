@@ -326,6 +326,33 @@ def test_the_api_page_has_every_public_name():
     assert set(re.findall(r"^\.\. auto(?:function|class|exception):: (\w+)$", page, re.M)) <= set(nl.__all__)
 
 
+def documented():
+    """Public functions and classes with the entries of their section "Used in"."""
+    homes = [nl, *(value for value in vars(nl).values() if isinstance(value, ModuleType) and value.__name__ in API)]
+    for home in homes:
+        for name, value in vars(home).items():
+            ours = getattr(value, "__module__", "").startswith("nsgf_lite") and not name.startswith("_")
+            if ours and (home is nl or value.__module__ == home.__name__):
+                section = re.search(r"Used in\n +-+\n(.+)", value.__doc__ or "", re.S)
+                yield f"{home.__name__}.{name}", section[1] if section else ""
+
+
+API = {f"nsgf_lite.{name}" for name in re.findall(r"automodule:: nsgf_lite\.(\w+)", read("book/api.md"))}
+DOCUMENTED = dict(documented())
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_chapters_and_theorems_that_a_docstring_names_use_it(name):
+    """A chapter calls it; of a theorem, the chapter or its tests do."""
+    call, section = re.compile(rf"\b{name.rsplit('.')[-1]}\("), DOCUMENTED[name]
+    for page in re.findall(r":doc:`/(.+?)`", section):
+        assert call.search(read(f"{page}.md")), f"{page} does not use it"
+    chapter = {s.label: s.page for s in book_extension.statements()}
+    for label in re.findall(r":prf:ref:`(.+?)`", section):
+        tests = f"tests/test_thm_{chapter[label].removeprefix('book/')}.py"
+        assert call.search(read(f"{chapter[label]}.md")) or call.search(read(tests)), f"{label} does not use it"
+
+
 # --- README -------------------------------------------------------------------------------------------------------
 
 

@@ -677,12 +677,6 @@ def test_frames(plt):
     assert again.children[1].children[0].value.split("base64,")[1] == stack.children[0].value.split("base64,")[1]
 
 
-def test_grid():
-    points = nl.plots.grid(-1, 1, 3)
-    assert points.shape == (9, 2)
-    assert points.tolist()[:4] == [[-1, -1], [0, -1], [1, -1], [-1, 0]]
-
-
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
