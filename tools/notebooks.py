@@ -5,7 +5,8 @@
 
 The .md is the source. `write` executes a chapter and keeps the outputs of its claim cells only (those tagged
 nbval-check-output), so that the paired notebook stores nothing that another machine would draw differently. A
-chapter whose text, library and notebook are as they were at its last execution is left alone without --all.
+chapter is left alone without --all if its text, its notebook, the library and the recorded results are as they were
+at its last execution.
 Both commands write the same bytes when they are run again.
 """
 
@@ -83,7 +84,8 @@ def execute(path):
 def fingerprint(path):
     """A hash of all that the notebook depends on, and of the notebook itself."""
     library = sorted((path.parents[1] / "nsgf_lite").glob("**/*.py"))
-    parts = [Path(__file__), path, path.with_suffix(".ipynb"), *library]
+    results = sorted(set(path.parent.glob("results/*")) - {path.parent / "results/mutations.json"})  # no chapter's
+    parts = [Path(__file__), path, path.with_suffix(".ipynb"), *library, *results]
     return hashlib.sha256(b"\0".join(p.read_bytes() if p.exists() else b"" for p in parts)).hexdigest()
 
 
