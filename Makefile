@@ -6,7 +6,7 @@ SHELL := bash
 .SUFFIXES:
 
 PYTHON ?= python3
-# Another build of torch: make TORCH='torch --index-url …' (it is installed first, and then left alone).
+# Another build of torch: make TORCH='torch==… --extra-index-url …' (installed first, and then left alone).
 TORCH ?= torch==2.13.0
 PORT ?= 8000
 WORKERS ?= 2
