@@ -125,7 +125,7 @@ def gaussian_divergence(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) 
 
     Source
     ------
-    Janati et al. (2020), Section 3, in units of the cost ``|x - y|^2 / 2``.
+    Janati et al. (2020), in units of the cost ``|x - y|^2 / 2``.
 
     Used in
     -------

@@ -80,7 +80,7 @@ def entropic_cost(
 
     Source
     ------
-    Feydy et al. (2019), equation 9 and Proposition 2.
+    Feydy et al. (2019), Proposition 2.
 
     Used in
     -------
@@ -107,7 +107,7 @@ def sinkhorn_divergence(
 
     Source
     ------
-    Feydy et al. (2019), equation 3; Zhu et al. (2024), Definition 2.
+    Feydy et al. (2019); Zhu et al. (2024), Definition 2.
 
     Used in
     -------

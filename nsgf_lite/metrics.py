@@ -42,7 +42,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
 
     Source
     ------
-    Gretton et al. (2012), equation 5.
+    Gretton et al. (2012), the biased estimate.
 
     Used in
     -------

@@ -114,7 +114,7 @@ def relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
 
     Two looks reveal the rate r of the iteration, and Young's equation the rate of the plain one behind it,
     ``(r + w - 1)^2 / (w^2 r)``; for that the optimum is ``2 / (1 + sqrt(1 - plain))``. It is taken when it is larger.
-    The guard: four looks without progress bring w back towards one, where convergence is certain.
+    The guard: four looks without progress bring w back towards one, the plain iteration, which converges from anywhere.
     """
     if len(history) > (1 if w == 1 else 2) and history[-1] < history[-2]:
         rate = (history[-1] / history[-2]) ** (1 / CHECK)

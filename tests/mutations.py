@@ -15,11 +15,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import provenance  # noqa: E402
+
 RECORD = ROOT / "book" / "results" / "mutations.json"
 SECONDS = 240
 
@@ -106,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
+    start = time.perf_counter()
     with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
         killers = list(pool.map(failing, MUTATIONS))
     rows = [
@@ -118,12 +123,17 @@ def main() -> int:
     toothless = sorted(set(theorem_tests()) - {name for killed in killers for name in killed})
     if options.record:
         RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else []
+        source = provenance("python tests/mutations.py", time.perf_counter() - start, ["nsgf-lite", "torch", "pytest"])
+        record = {"provenance": source, "rows": rows}
+        RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    recorded = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
     stale = [row["what"] for row in recorded] != [row["what"] for row in rows]
     for complaint, items in (("mutations no theorem test notices", unnoticed), ("tests no mutation kills", toothless)):
         if items:
             print(f"{complaint}: {', '.join(items)}")
+    for old, new in zip(recorded, rows, strict=False):
+        if not stale and old["killed_by"] != new["killed_by"]:
+            print(f"other tests than recorded noticed {new['mutation']!r}: run with --record")
     if stale:
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations: run with --record")
     print(f"{len(rows) - len(unnoticed)} of {len(rows)} mutations noticed, {len(toothless)} tests without teeth")

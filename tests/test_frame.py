@@ -262,7 +262,7 @@ def small_book(tmp_path):
         "book/intro.md": "# Hello\n",
         "book/one.md": CHAPTER,
         "nsgf_lite/sinkhorn.py": "x = 1\n",
-        "book/results/mutations.json": json.dumps([noticed]),
+        "book/results/mutations.json": json.dumps({"rows": [noticed]}),
         "book/results/speed.json": "{}",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

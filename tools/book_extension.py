@@ -106,7 +106,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def recorded_mutations(root: Path = ROOT) -> list[dict[str, Any]]:
     path = root / "book/results/mutations.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def bare(test: str) -> str:

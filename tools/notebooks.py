@@ -106,7 +106,9 @@ def write(names=(), everything=False, root=ROOT):
             print(f"{path.stem}: unchanged")
     failures = 0
     # Not forked: whoever calls this may have threads.
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max_workers=int(os.environ.get("NSGF_WORKERS", "2")), mp_context=get_context("spawn")
+    ) as pool:
         for path, job in [(path, pool.submit(execute, path)) for path in todo]:
             try:
                 path.with_suffix(".ipynb").write_text(job.result())
