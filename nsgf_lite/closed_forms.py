@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nsgf_lite.sinkhorn import read_positive
+from nsgf_lite.inputs import read_positive
 
 Vector = Tensor | Sequence[float] | float
 Matrix = Tensor | Sequence[Sequence[float]] | float

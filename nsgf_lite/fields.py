@@ -7,7 +7,8 @@ import ot
 import torch
 from torch import Generator, Tensor
 
-from nsgf_lite.sinkhorn import Potentials, barycentric_map, read_clouds, read_weights
+from nsgf_lite.inputs import read_clouds, read_weights
+from nsgf_lite.sinkhorn import Potentials, barycentric_map
 
 Warm = dict[str, Potentials]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields import exact_plan
-from nsgf_lite.sinkhorn import read_clouds, read_counts, read_positive
+from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 from nsgf_lite.toy import Law
 
 

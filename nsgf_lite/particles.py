@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from nsgf_lite.fields import Field, Warm
-from nsgf_lite.sinkhorn import read_clouds, read_counts, read_positive
+from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 
 # Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.
 _METHODS: dict[str, list[list[float]]] = {

@@ -3,7 +3,6 @@
 Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length; :mod:`nsgf_lite.solver` does the iterations.
 """
 
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsgf_lite.inputs import read_clouds, read_counts, read_positive, read_weights
 from nsgf_lite.solver import affinity, alternate, averaged, softmax
 
 
@@ -37,69 +37,6 @@ class Potentials:
         return iter((self.f, self.g))
 
 
-# Reading the input ---------------------------------------------------------------------------------------------------
-
-
-def read_clouds(**clouds: Tensor) -> None:
-    """Check that the named clouds are non-empty, finite and fit together; ValueError says which does not, and why."""
-    first_name, first = next(iter(clouds.items()))
-    for name, x in clouds.items():
-        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a float32 or float64 tensor, got {got}")
-        if x.ndim not in (2, 3) or x.numel() == 0:
-            raise ValueError(f"{name} must have shape (n, d) or (b, n, d), none of them zero, got {tuple(x.shape)}")
-        if x.dtype != first.dtype or x.device != first.device:
-            raise ValueError(
-                f"{first_name} and {name} must share dtype and device, got {first.dtype} on {first.device} "
-                f"and {x.dtype} on {x.device}"
-            )
-        if x.ndim != first.ndim or x.shape[-1] != first.shape[-1] or x.shape[:-2] != first.shape[:-2]:
-            raise ValueError(
-                f"{first_name} and {name} must agree in batch and dimension, "
-                f"got {tuple(first.shape)} and {tuple(x.shape)}"
-            )
-        # One cheap pass; the sum of finite numbers may overflow, so only then is each looked at.
-        if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name} must be finite, got NaN or inf")
-
-
-def read_positive(**numbers: float) -> None:
-    """Check that the named numbers are positive and finite; ValueError says which is not."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-
-
-def read_counts(**counts: int) -> None:
-    """Check that the named numbers are positive integers; ValueError says which is not."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
-    """Return the weights of cloud x, uniform if None, shape x.shape[:-1]; ValueError unless they are a probability."""
-    if weights is None:
-        return x.new_full(x.shape[:-1], 1 / x.shape[-2])
-    if not isinstance(weights, Tensor) or weights.dtype != x.dtype or weights.device != x.device:
-        raise ValueError(
-            f"{name} must be a tensor of dtype {x.dtype} on {x.device}, as its cloud is, got {weights!r:.80}"
-        )
-    if weights.shape not in (x.shape[:-1], x.shape[-2:-1]):
-        raise ValueError(
-            f"{name} must have shape {tuple(x.shape[:-1])}, one weight per point, got {tuple(weights.shape)}"
-        )
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
-        raise ValueError(
-            f"{name} must be finite and non-negative, got values from {weights.min():g} to {weights.max():g}"
-        )
-    off = float((weights.detach().sum(-1) - 1).abs().max())
-    if off > (1e-6 if x.dtype == torch.float64 else 1e-4):
-        raise ValueError(f"{name} must sum to one, got a sum that is off by {off:g}")
-    return weights.expand(x.shape[:-1])
-
-
 def _gathered(x: Tensor, a: Tensor) -> Tensor:
     """The cloud with its points of weight zero put on the heaviest one: however far they were, no step overflows."""
     heaviest = a.argmax(-1)[..., None, None].expand(-1, 1, x.shape[-1])
@@ -112,9 +49,6 @@ def _outside() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("nsgf_lite", "torch.")):
         level, frame = level + 1, frame.f_back
     return level
-
-
-# What a reader calls ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from nsgf_lite.sinkhorn import read_counts
+from nsgf_lite.inputs import read_counts
 
 
 class Law(Protocol):
