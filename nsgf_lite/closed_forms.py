@@ -52,6 +52,14 @@ def _temperature(eps: float) -> float:
     return float(eps)
 
 
+def _read(A: Matrix, B: Matrix, eps: float) -> tuple[Tensor, Tensor, float]:
+    """Read two covariances of one size and a temperature."""
+    first, second = _covariance("A", A), _covariance("B", B)
+    if first.shape != second.shape:
+        raise ValueError(f"A and B must have one size, got {tuple(first.shape)} and {tuple(second.shape)}")
+    return first, second, _temperature(eps)
+
+
 def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
     """Slope M of the barycentric projection ``T(x) = b + M(x - a)`` from N(a, A) to N(b, B), shape (d, d).
 
@@ -71,9 +79,7 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
     -------
     :prf:ref:`thm-gaussian-plan`
     """
-    A, B, eps = _covariance("A", A), _covariance("B", B), _temperature(eps)
-    if A.shape != B.shape:
-        raise ValueError(f"A and B must have one size, got {tuple(A.shape)} and {tuple(B.shape)}")
+    A, B, eps = _read(A, B, eps)
     root = _root(A)
     # D - eps I = 4 S (D + eps I)^{-1} with S = A^{1/2} B A^{1/2}: no cancellation when eps is large
     spectrum, vectors = torch.linalg.eigh(root @ B @ root)
@@ -102,9 +108,7 @@ def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tenso
     -------
     :prf:ref:`thm-gaussian-plan`
     """
-    A, B, eps = _covariance("A", A), _covariance("B", B), _temperature(eps)
-    if A.shape != B.shape:
-        raise ValueError(f"A and B must have one size, got {tuple(A.shape)} and {tuple(B.shape)}")
+    A, B, eps = _read(A, B, eps)
     d = len(A)
     a, b = _mean("a", a, d), _mean("b", b, d)
     root = _root(A)

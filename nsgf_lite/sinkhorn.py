@@ -64,7 +64,7 @@ class Problem:
     single: bool
 
     def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
-        """Potentials (batched), and the plan's exponent ``(g - c) / eps`` up to a term in x."""
+        """Potentials in the shape of the input, and the plan's exponent ``(g - c) / eps`` up to a term in x, batched."""
         if init is not None and not (init.g.numel() == self.b.numel() and init.g.dtype == self.b.dtype):
             raise ValueError(
                 f"init must be the potentials of a problem of this size and dtype, with g of shape "
@@ -89,6 +89,7 @@ class Problem:
             if idle:
                 f, g, exponent = self._put_back(f, g)
             tilt = ((self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)) / 2
+            f, g, tilt = (self.unbatch(t) for t in (f, g, tilt))
         if not error <= goal:
             warnings.warn(
                 f"potentials stopped after {steps} steps at marginal error {error:.2g}, not {goal:.2g}. "
@@ -174,10 +175,7 @@ def potentials(
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-sinkhorn-equations`, :prf:ref:`thm-first-variation`
     """
-    problem = read_problem(x, y, a, b, eps, tol, max_iter)
-    solution, _ = problem.solve(tol, max_iter, init)
-    f, g = (problem.unbatch(t) for t in solution)
-    return Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
+    return read_problem(x, y, a, b, eps, tol, max_iter).solve(tol, max_iter, init)[0]
 
 
 def plan(
@@ -265,8 +263,5 @@ def barycentric_map(
     """
     problem = read_problem(x, y, a, b, eps, tol, max_iter)
     solution, exponent = problem.solve(tol, max_iter, init)
-    f, g = (problem.unbatch(t) for t in solution)
-    found = Potentials(f, g, solution.iterations, solution.marginal_error, solution.converged)
-    return BarycentricMap(
-        y.detach(), problem.unbatch(problem.b).detach(), problem.eps, found, problem.unbatch(exponent)
-    )
+    weights = problem.unbatch(problem.b).detach()
+    return BarycentricMap(y.detach(), weights, problem.eps, solution, problem.unbatch(exponent))
