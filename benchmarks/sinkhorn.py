@@ -182,6 +182,19 @@ def verdicts(rows: list[dict]) -> list[str]:
     return lines
 
 
+def passes(n: int = 1024, rounds: int = 50) -> dict:
+    """Milliseconds of one pass over an n by n float32 matrix: exponentials, and a product with a vector."""
+    chance = torch.Generator().manual_seed(0)
+    S, w, out = -torch.rand(n, n, generator=chance), torch.rand(n, generator=chance), torch.empty(n, n)
+    times: dict[str, list[float]] = {"exponentials": [], "products": []}
+    for _ in range(rounds):
+        for name, run in (("exponentials", lambda: torch.exp(S, out=out)), ("products", lambda: torch.mv(S, w))):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
 def large(n: int) -> dict:
     """Peak memory and time of one velocity with n points on both sides in the plane, in a process of its own."""
     code = (
@@ -208,10 +221,11 @@ def main() -> None:
     start = time.perf_counter()
     rows = compare(options.rounds, options.budget)
     print(table(rows), *verdicts(rows), sep="\n")
-    big = large(options.large)
+    big, each = large(options.large), passes()
     libraries = ["nsgf-lite", "torch", "geomloss", "POT"] + (["ott-jax", "jax"] if jax is not None else [])
     source = provenance("python -m benchmarks.sinkhorn", time.perf_counter() - start, libraries)
-    record = {"provenance": source, "rows": rows, "large": big}
+    record = {"provenance": source, "rows": rows, "large": big, "passes": each}
+    print(f"a pass of exponentials: {each['exponentials']:.3f} ms, of products: {each['products']:.3f} ms")
     print(f"{big['points']} points: {big['gibibytes']:.1f} GiB, {big['seconds']:.0f} s")
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     if options.record:
