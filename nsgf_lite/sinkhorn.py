@@ -64,7 +64,7 @@ class Problem:
     single: bool
 
     def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
-        """Potentials in the shape of the input, and the plan's exponent ``(g - c) / eps`` (batched) up to a term in x."""
+        """Potentials shaped as the input; and, batched, the plan's exponent ``(g - c) / eps`` up to a term in x."""
         if init is not None and not (init.g.numel() == self.b.numel() and init.g.dtype == self.b.dtype):
             raise ValueError(
                 f"init must be the potentials of a problem of this size and dtype, with g of shape "
