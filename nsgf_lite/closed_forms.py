@@ -5,7 +5,9 @@ Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length, everything
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from nsgf_lite.inputs import read_positive
@@ -52,12 +54,33 @@ def _temperature(eps: float) -> float:
     return float(eps)
 
 
+def _times(times: Tensor | Sequence[float]) -> Tensor:
+    """Read increasing times from 0 on, shape (k,)."""
+    try:
+        clock = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"times must be increasing numbers from 0 on, got {times!r}") from None
+    fine = clock.ndim == 1 and len(clock) > 0 and bool(torch.isfinite(clock).all())
+    if not (fine and clock[0] >= 0 and bool((clock.diff() > 0).all())):
+        raise ValueError(f"times must be increasing numbers from 0 on, got {times!r}")
+    return clock
+
+
 def _read(A: Matrix, B: Matrix, eps: float) -> tuple[Tensor, Tensor, float]:
     """Read two covariances of one size and a temperature."""
     first, second = _covariance("A", A), _covariance("B", B)
     if first.shape != second.shape:
         raise ValueError(f"A and B must have one size, got {tuple(first.shape)} and {tuple(second.shape)}")
     return first, second, _temperature(eps)
+
+
+def _slope(A: Tensor, B: Tensor, eps: float) -> Tensor:
+    """Slope M of :func:`gaussian_map`, with B's root in place of A's: nothing is inverted, A may be singular."""
+    root = _root(B)
+    spectrum, vectors = torch.linalg.eigh(root @ A @ root)
+    half = root @ vectors
+    slope = 2 * (half / ((4 * spectrum.clamp_min(0) + eps**2).sqrt() + eps)) @ half.T
+    return (slope + slope.T) / 2
 
 
 def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
@@ -79,15 +102,7 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
     -------
     :prf:ref:`thm-gaussian-plan`
     """
-    A, B, eps = _read(A, B, eps)
-    root = _root(A)
-    # D - eps I = 4 S (D + eps I)^{-1} with S = A^{1/2} B A^{1/2}: no cancellation when eps is large
-    spectrum, vectors = torch.linalg.eigh(root @ B @ root)
-    spectrum = spectrum.clamp_min(0)
-    excess = (vectors * (4 * spectrum / ((4 * spectrum + eps**2).sqrt() + eps))) @ vectors.T
-    inverse = torch.linalg.inv(root)
-    slope = inverse @ excess @ inverse / 2
-    return (slope + slope.T) / 2
+    return _slope(*_read(A, B, eps))
 
 
 def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tensor:
@@ -155,6 +170,72 @@ def gaussian_velocity(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) ->
     slope = gaussian_map(A, B, eps) - gaussian_map(A, A, eps)
     a, b = _mean("a", a, len(slope)), _mean("b", b, len(slope))
     return lambda x: (b - a).to(x) + (x - a.to(x)) @ slope.to(x)
+
+
+def gaussian_flow(
+    m: Vector,
+    S: Matrix,
+    target_mean: Vector,
+    target_covariance: Matrix,
+    eps: float,
+    times: Tensor | Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Means (k, d) and covariances (k, d, d) of the Sinkhorn flow from N(m, S) to a Gaussian, at k times.
+
+    ``m' = m* - m`` and ``S' = K S + S K`` with ``K = M(S, S*) - M(S, S)`` and M from :func:`gaussian_map`: the mean by
+    its formula, the covariance by an adaptive Runge-Kutta method of order 8 with relative tolerance 1e-12.
+
+    Parameters
+    ----------
+    m, S : float or Tensor
+        Mean (d,) and covariance (d, d) at time 0.
+    target_mean, target_covariance : float or Tensor
+        The target's.
+    eps : float
+        Temperature, in units of squared length.
+    times : Tensor or sequence
+        Increasing times, the first of them 0 or later.
+
+    Raises
+    ------
+    ValueError
+        As :func:`gaussian_ot`, or if the times are not finite, increasing and non-negative.
+
+    Source
+    ------
+    Janati et al. (2020), Theorem 1, for M; the flow is derived in the chapter.
+    """
+    start, target = (
+        _covariance(name, given).detach().cpu() for name, given in (("S", S), ("target_covariance", target_covariance))
+    )
+    d = len(start)
+    if start.shape != target.shape:
+        raise ValueError(
+            f"S and target_covariance must have one size, got {tuple(start.shape)} and {tuple(target.shape)}"
+        )
+    m, goal = (_mean(name, given, d).detach().cpu() for name, given in (("m", m), ("target_mean", target_mean)))
+    clock, eps = _times(times), _temperature(eps)
+
+    def rate(_: float, flat: np.ndarray) -> np.ndarray:
+        now = torch.from_numpy(flat).reshape(d, d)
+        K = _slope(now, target, eps) - _slope(now, now, eps)
+        return (K @ now + now @ K.T).reshape(-1).numpy()
+
+    # From 0 and a little beyond the last time, so that a flow of no length is a flow.
+    solution = solve_ivp(
+        rate,
+        (0.0, float(clock[-1]) + 1e-3),
+        start.reshape(-1).numpy(),
+        method="DOP853",
+        t_eval=clock.numpy(),
+        rtol=1e-12,
+        atol=1e-14 * float(max(start.abs().max(), target.abs().max())),
+    )
+    if not solution.success:
+        raise FloatingPointError(f"the flow could not be integrated: {solution.message}")
+    covariances = torch.from_numpy(solution.y.T.copy()).reshape(-1, d, d)
+    means = goal + torch.exp(-clock)[:, None] * (m - goal)
+    return means, (covariances + covariances.mT) / 2
 
 
 def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Tensor:

@@ -40,7 +40,7 @@ class Mutation:
 
 MUTATIONS = [
     # closed forms
-    Mutation("Gaussian map without its one half", "closed_forms", "inverse @ excess @ inverse / 2", "inverse @ excess @ inverse"),
+    Mutation("Gaussian map without its one half", "closed_forms", "slope = 2 * (half / (", "slope = 4 * (half / ("),
     Mutation("Gaussian map as C A^-1, not symmetric", "closed_forms", "return (slope + slope.T) / 2", "return A @ slope @ torch.linalg.inv(A)"),
     Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms", "torch.log((D + eps) / (2 * eps))", "torch.log((D + eps) / eps)"),
     Mutation("Gaussian cost without tr D", "closed_forms", "A.trace() + B.trace() - D.sum()", "A.trace() + B.trace()"),
