@@ -313,6 +313,36 @@ def test_distance_of_two_atoms(distance):
     refused(lambda: closed_forms.two_atom_mass(0.7, 0.4, distance, 0.5), "distance must", f"got {distance!r}")
 
 
+@pytest.mark.parametrize("t", [-0.1, NAN, INF, "late", None, True])
+def test_ou_moments(t):
+    refused(lambda: closed_forms.ou_moments(t, 1.0, 0.0), "^t must be a non-negative", f"got {t!r}")
+
+
+def test_sizes_of_ou_moments():
+    two = [[1.0, 0.0], [0.0, 2.0]]
+    refused(lambda: closed_forms.ou_moments(1.0, two, [0.0]), "^b must have 2 entries", "got 1")
+    refused(lambda: closed_forms.ou_moments(1.0, two, [0.0, NAN]), "^b must be finite", "nan")
+    refused(lambda: closed_forms.ou_moments(1.0, 1.0, 0.0, [0.0, 0.0]), "^mean must have 1 entries", "got 2")
+    refused(lambda: closed_forms.ou_moments(1.0, two, [0.0, 0.0], None, 1.0), "one size", r"\(2, 2\) and \(1, 1\)")
+    for covariance, need in BAD_COVARIANCES[:-1]:
+        refused(lambda A=covariance: closed_forms.ou_moments(1.0, A, 0.0), "^A must", need.replace("|B must", ""))
+        refused(lambda S=covariance: closed_forms.ou_moments(1.0, 1.0, 0.0, None, S), "^covariance must", "got")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF, "one", None, True])
+def test_barenblatt(value):
+    x = cloud(3, 1)
+    refused(lambda: closed_forms.barenblatt(value, x, 2.0), "^t must be a positive", f"got {value!r}")
+    refused(lambda: closed_forms.barenblatt(1.0, x, value), "^m must be", f"got {value!r}")
+
+
+def test_exponent_and_points_of_barenblatt():
+    refused(lambda: closed_forms.barenblatt(1.0, cloud(3, 1), 1.0), "m must be greater than 1", "got 1.0")
+    refused(lambda: closed_forms.barenblatt(1.0, cloud(3, 1)[:, 0], 2.0), "x must have shape", r"got \(3,\)")
+    refused(lambda: closed_forms.barenblatt(1.0, spoiled(cloud(3, 1), NAN), 2.0), "x must be finite")
+    refused(lambda: closed_forms.barenblatt(1.0, [[0.0]], 2.0), "x must be .* tensor", "got list")
+
+
 def test_checks(monkeypatch):
     refused(lambda: nl.check("claim", 1.0), "give a bound")
     refused(lambda: nl.check("claim", torch.ones(2), below=1), "single number", r"got shape \(2,\)")

@@ -131,6 +131,57 @@ def test_two_atoms_at_both_ends_of_the_temperature():
     assert abs(t / (kappa2 * 0.4 * 0.3 / 0.3) - 1) < 1e-10
 
 
+def test_ou_moments_solve_their_equations():
+    """The mean falls towards b at the rate A, the covariance obeys the Lyapunov equation, and t = 0 is the start."""
+    A, b, m0, S0 = covariance(3, 1), normal(3, seed=2), normal(3, seed=3), covariance(3, 4)
+    (m, S), h = closed_forms.ou_moments(0.4, A, b, m0, S0), 1e-5
+    (m1, S1), (m2, S2) = (closed_forms.ou_moments(0.4 + s * h, A, b, m0, S0) for s in (-1, 1))
+    assert ((m2 - m1) / (2 * h) - A @ (b - m)).abs().max() < 1e-8
+    assert ((S2 - S1) / (2 * h) - (2 * torch.eye(3) - A @ S - S @ A)).abs().max() < 1e-8
+    m, S = closed_forms.ou_moments(0, A, b, m0, S0)
+    assert (m - m0).abs().max() < 1e-14 and (S - S0).abs().max() < 1e-13
+    m, S = closed_forms.ou_moments(1e4, A, b, m0, S0)
+    assert (m - b).abs().max() < 1e-12 and (S @ A - torch.eye(3)).abs().max() < 1e-11
+
+
+def test_ou_moments_start_at_the_standard_gaussian_and_form_a_semigroup():
+    given = closed_forms.ou_moments(0.7, 2.0, 1.0, 0.0, 1.0)
+    default = closed_forms.ou_moments(0.7, 2.0, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(given, default, strict=True))
+    assert abs(float(default[0]) - (1 - math.exp(-1.4))) < 1e-15
+    assert abs(float(default[1]) - (0.5 + 0.5 * math.exp(-2.8))) < 1e-15
+    A, b = covariance(2, 5), normal(2, seed=6)
+    once = closed_forms.ou_moments(0.8, A, b)
+    twice = closed_forms.ou_moments(0.5, A, b, *closed_forms.ou_moments(0.3, A, b))
+    assert all((one - two).abs().max() < 1e-13 for one, two in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("m", [1.2, 2.0, 4.0])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_barenblatt_has_unit_mass_and_spreads_by_scaling(d, m):
+    alpha = d / (d * (m - 1) + 2)
+    sphere = {1: 2.0, 2: 2 * math.pi, 3: 4 * math.pi}[d]
+    for t in (0.1, 5.0):
+        r = 12 * t ** (alpha / d) * (torch.arange(40_000, dtype=F64) + 0.5) / 40_000
+        x = torch.cat([r[:, None], torch.zeros(len(r), d - 1, dtype=F64)], 1)
+        shell = closed_forms.barenblatt(t, x, m) * sphere * r ** (d - 1)
+        assert abs(float(shell.sum() * (r[1] - r[0])) - 1) < 1e-4
+        assert float(shell[-1]) == 0
+    x = normal(9, d, seed=1)
+    stretched = closed_forms.barenblatt(32.0, x * 32.0 ** (alpha / d), m)
+    assert (stretched * 32.0**alpha - closed_forms.barenblatt(1.0, x, m)).abs().max() < 1e-13
+    single = closed_forms.barenblatt(1.0, x.float(), m)
+    assert single.dtype == torch.float32 and (single - closed_forms.barenblatt(1.0, x, m)).abs().max() < 1e-5
+    assert closed_forms.barenblatt(1.0, x.reshape(3, 3, d), m).shape == (3, 3)
+
+
+def test_barenblatt_tends_to_the_heat_kernel():
+    x = torch.linspace(-4, 4, 17, dtype=F64)[:, None]
+    kernel = torch.exp(-(x[:, 0] ** 2) / 2) / math.sqrt(2 * math.pi)
+    gaps = [float((closed_forms.barenblatt(0.5, x, m) - kernel).abs().max()) for m in (1.01, 1.001)]
+    assert gaps[0] < 1e-2 and gaps[1] < 0.11 * gaps[0]
+
+
 # Toy laws -----------------------------------------------------------------------------------------------------------
 
 LAWS = {
