@@ -149,7 +149,7 @@ def gaussian_divergence(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) 
 
     Used in
     -------
-    :prf:ref:`thm-gaussian-divergence`, :prf:ref:`thm-not-a-metric`
+    :prf:ref:`thm-gaussian-divergence`, :prf:ref:`thm-not-a-metric`, :prf:ref:`thm-gaussian-dissipation`
     """
     return gaussian_ot(a, A, b, B, eps) - (gaussian_ot(a, A, a, A, eps) + gaussian_ot(b, B, b, B, eps)) / 2
 
@@ -205,6 +205,11 @@ def gaussian_flow(
     Source
     ------
     Janati et al. (2020), Theorem 1, for M; the flow is derived in the chapter.
+
+    Used in
+    -------
+    :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-gaussian-mean`, :prf:ref:`thm-gaussian-variance`,
+    :prf:ref:`thm-gaussian-eps`
     """
     start, target = (
         _covariance(name, given).detach().cpu() for name, given in (("S", S), ("target_covariance", target_covariance))

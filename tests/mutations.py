@@ -46,6 +46,9 @@ MUTATIONS = [
     Mutation("Gaussian cost without tr D", "closed_forms", "A.trace() + B.trace() - D.sum()", "A.trace() + B.trace()"),
     Mutation("Gaussian divergence, self terms whole", "closed_forms", "gaussian_ot(b, B, b, B, eps)) / 2", "gaussian_ot(b, B, b, B, eps))"),
     Mutation("Gaussian velocity without its self slope", "closed_forms", "gaussian_map(A, B, eps) - gaussian_map(A, A, eps)", "gaussian_map(A, B, eps) - torch.eye(len(gaussian_map(A, A, eps)))"),
+    Mutation("Gaussian flow without its self slope", "closed_forms", "_slope(now, target, eps) - _slope(now, now, eps)", "_slope(now, target, eps) - torch.eye(d, dtype=torch.float64)"),
+    Mutation("Gaussian flow, covariance moved on one side", "closed_forms", "return (K @ now + now @ K.T).reshape", "return (K @ now).reshape"),
+    Mutation("Gaussian flow, means at twice the rate", "closed_forms", "torch.exp(-clock)[:, None]", "torch.exp(-2 * clock)[:, None]"),
     Mutation("two atoms with kappa for kappa squared", "closed_forms", "-(distance**2) / _temperature(eps)", "-(distance**2) / (2 * _temperature(eps))"),
     # costs and their gradients
     Mutation("divergence with self terms whole", "divergence", "cost - (own_x + own_y) / 2", "cost - (own_x + own_y)"),

@@ -302,6 +302,35 @@ def test_means_of_closed_forms(name):
     refused(lambda: CLOSED[name](A=two, a=[0.0, 0.0]), "A and B must have one size", r"\(2, 2\) and \(1, 1\)")
 
 
+FLOW = {"m": 0.0, "S": 1.0, "target_mean": 1.0, "target_covariance": 2.0, "eps": 0.5, "times": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize("name", ["S", "target_covariance"])
+@pytest.mark.parametrize(("covariance", "need"), BAD_COVARIANCES)
+def test_covariances_of_the_gaussian_flow(name, covariance, need):
+    need = need.replace("A must|B must", f"{name} must")
+    refused(lambda: closed_forms.gaussian_flow(**FLOW | {name: covariance}), f"^{name} must", need, "got")
+
+
+def test_gaussian_flow():
+    flow = closed_forms.gaussian_flow
+    flow(**FLOW)
+    two = [[1.0, 0.0], [0.0, 1.0]]
+    refused(lambda: flow(**FLOW | {"S": two}), "S and target_covariance must have one size", r"\(2, 2\) and \(1, 1\)")
+    for name in ("m", "target_mean"):
+        refused(lambda name=name: flow(**FLOW | {name: [0.0, 1.0]}), f"^{name} must have 1 entries", "got 2")
+        refused(lambda name=name: flow(**FLOW | {name: NAN}), f"^{name} must be finite", "nan")
+    for eps in (0.0, -1.0, NAN, INF, "0.1", None):
+        refused(lambda eps=eps: flow(**FLOW | {"eps": eps}), "eps must be a positive", f"got {eps!r}")
+
+
+@pytest.mark.parametrize(
+    "times", [[], [-0.1, 1.0], [0.0, 0.0], [1.0, 0.5], [0.0, NAN], [0.0, INF], [[0.0, 1.0]], 1.0, "now", None]
+)
+def test_times_of_the_gaussian_flow(times):
+    refused(lambda: closed_forms.gaussian_flow(**FLOW | {"times": times}), "^times must be increasing", "got ")
+
+
 @pytest.mark.parametrize("mass", [0.0, 1.0, -0.1, 1.1, NAN, "half"])
 def test_masses_of_two_atoms(mass):
     refused(lambda: closed_forms.two_atom_mass(mass, 0.4, 2.0, 0.5), "alpha must", f"got {mass!r}")

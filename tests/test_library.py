@@ -107,6 +107,56 @@ def test_gaussian_velocity_is_a_difference_of_maps():
     assert still(x).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize(("d", "eps"), [(1, 0.05), (2, 1.0), (4, 30.0)])
+def test_gaussian_flow_against_small_steps(d, eps):
+    """Two hundred classical Runge-Kutta steps of the closed equation, written out here, end where the flow does."""
+    m, S, b, B = normal(d, seed=1), covariance(d, 1), normal(d, seed=2), covariance(d, 2)
+    means, covariances = closed_forms.gaussian_flow(m, S, b, B, eps, [0.0, 0.4, 2.0])
+    assert means.shape == (3, d) and covariances.shape == (3, d, d)
+    assert means.dtype == covariances.dtype == F64
+    assert (means[0] - m).abs().max() < 1e-15 and (covariances[0] - S).abs().max() < 1e-14
+    assert torch.equal(covariances, covariances.mT)
+
+    def rate(S):
+        K = closed_forms.gaussian_map(S, B, eps) - closed_forms.gaussian_map(S, S, eps)
+        return K @ S + S @ K
+
+    h, now = 0.01, S
+    for k in range(1, 201):
+        one = rate(now)
+        two = rate(now + h / 2 * one)
+        three = rate(now + h / 2 * two)
+        now = now + h / 6 * (one + 2 * two + 2 * three + rate(now + h * three))
+        now = (now + now.T) / 2
+        if k in (40, 200):
+            assert (now - covariances[1 if k == 40 else 2]).abs().max() < 1e-7
+    assert (means[2] - b - math.exp(-2) * (m - b)).abs().max() < 1e-14
+
+
+def test_gaussian_flow_reads_numbers_lists_and_tensors():
+    """Numbers stand for one dimension, single precision is read, and the times may begin late."""
+    _, path = closed_forms.gaussian_flow(0.0, 4.0, 1.0, 0.25, 0.5, torch.linspace(0, 3, 7))
+    _, late = closed_forms.gaussian_flow([0.0], [[4.0]], torch.ones(1), torch.full((1, 1), 0.25), 0.5, [1.5, 3.0])
+    assert (path[[3, 6]] - late).abs().max() < 1e-11
+    assert (torch.diff(path[:, 0, 0]) < 0).all() and path[-1] > 0.25
+    _, fast = closed_forms.gaussian_flow(0.0, 4.0, 1.0, 0.25, 1e-9, [1.5])
+    assert abs(float(fast) - (0.5 + 1.5 * math.exp(-1.5)) ** 2) < 1e-9
+    still = closed_forms.gaussian_flow(
+        [1.0, 2.0], [[2.0, 1.0], [1.0, 1.0]], [1.0, 2.0], [[2.0, 1.0], [1.0, 1.0]], 1, [9]
+    )
+    assert (still[1][0] - torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=F64)).abs().max() < 1e-12
+
+
+def test_the_slope_needs_no_inverse():
+    """From an almost singular law, and at tiny and huge temperatures, M still solves its equation."""
+    B = covariance(2, 2)
+    for tiny in (1e-12, 1e-6):
+        A = torch.diag(torch.tensor([tiny, 1.0], dtype=F64))
+        for eps in (1e-3, 1.0, 1e6):
+            M = closed_forms.gaussian_map(A, B, eps)
+            assert (eps * M + M @ A @ M - B).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize(
     ("alpha", "beta", "distance", "eps"),
     [(0.7, 0.4, 2.0, 0.5), (0.4, 0.7, 2.0, 0.5), (0.3, 0.3, 1.0, 3.0), (0.9, 0.2, 2.0, 0.1), (0.2, 0.9, 2.0, 0.1)],
