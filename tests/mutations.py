@@ -50,6 +50,10 @@ MUTATIONS = [
     Mutation("Gaussian flow, covariance moved on one side", "closed_forms", "return (K @ now + now @ K.T).reshape", "return (K @ now).reshape"),
     Mutation("Gaussian flow, means at twice the rate", "closed_forms", "torch.exp(-clock)[:, None]", "torch.exp(-2 * clock)[:, None]"),
     Mutation("two atoms with kappa for kappa squared", "closed_forms", "-(distance**2) / _temperature(eps)", "-(distance**2) / (2 * _temperature(eps))"),
+    Mutation("OU covariance, decay without its 2", "closed_forms", "torch.expm1(-2 * rates * t)", "torch.expm1(-rates * t)"),
+    Mutation("OU mean falls to the origin", "closed_forms", "return b + decay @ (start - b)", "return decay @ start"),
+    Mutation("Barenblatt profile of twice the slope", "closed_forms", "beta = (m - 1) * alpha / (2 * m * d)", "beta = (m - 1) * alpha / (m * d)"),
+    Mutation("Barenblatt profile with C = 1, mass not one", "closed_forms", "math.exp(-log_mass / (p + d / 2))", "1.0"),
     # costs and their gradients
     Mutation("divergence with self terms whole", "divergence", "cost - (own_x + own_y) / 2", "cost - (own_x + own_y)"),
     Mutation("divergence without self terms", "divergence", "cost - (own_x + own_y) / 2", "cost"),
