@@ -1,0 +1,348 @@
+"""One test for each theorem of the chapter book/mean_field_limit.md.
+
+Stricter than the chapter's cells: several seeds, temperatures and dimensions,
+unequal weights, clouds of different sizes, float64.  Laws with few atoms stand
+for densities, so that the limit is known and samples of any size cost nothing.
+"""
+
+import math
+
+import ot
+import pytest
+import torch
+
+import nsgf_lite as nl
+
+F64 = torch.float64
+# A solve that does not converge is a failure here, at once.
+pytestmark = pytest.mark.filterwarnings("error::nsgf_lite.ConvergenceWarning")
+
+
+def points(generator, n, d=2):
+    """Points of the open unit ball (R = 1 in every bound below)."""
+    z = torch.randn(n, d, generator=generator, dtype=F64)
+    return z / (0.3 + z.norm(dim=1, keepdim=True))
+
+
+def weights(generator, n):
+    w = torch.rand(n, generator=generator, dtype=F64) + 0.1
+    return w / w.sum()
+
+
+def problem(seed, n=6, m=8, d=2):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = points(generator, n, d), points(generator, m, d)
+    return x, y, weights(generator, n), weights(generator, m), generator
+
+
+def velocity(x, y, eps, a=None, b=None, at=None):
+    return nl.fields.Sinkhorn(eps, tol=1e-11)(x, y, at=at, a=a, b=b)
+
+
+def flow(x, y, eps, a=None, b=None, end=1.0, step=0.125):
+    field = nl.fields.Sinkhorn(eps, tol=1e-8)
+    return nl.follow(field, x, y, step=step, steps=round(end / step), method="rk4", a=a, b=b)
+
+
+def w1(x, y, a, b):
+    return float(ot.emd2(a.numpy(), b.numpy(), torch.cdist(x, y).numpy()))
+
+
+def constants(s):
+    """L_2 and L_3 of thm-velocity-stability, at R = 1."""
+    cross, own = 8 * s * math.cosh(s) ** 2, 1 + 8 * s + 4 * s * math.exp(2 * s)
+    return math.exp(4 * s) * (cross + own), math.exp(4 * s) * (1 + 4 * s + 4 * s * math.sinh(2 * s))
+
+
+def pair():
+    return torch.tensor([[-1.0], [1.0]], dtype=F64)
+
+
+def tilted(tau):
+    return torch.tensor([0.5 - tau, 0.5 + tau], dtype=F64)
+
+
+# thm-containment ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eps", "d"), [(0.3, 1), (1.0, 2), (20.0, 3)])
+def test_thm_containment(eps, d):
+    x, y, a, b, _ = problem(d, d=d)
+    x, times = 0.5 * x, 0.125 * torch.arange(13, dtype=F64)
+    path = flow(x, y, eps, a, b, end=1.5)
+    radius = path.norm(dim=2).max(1).values
+    assert (radius <= 1.5 * times.exp() - 1).all()
+    for t, z in zip(times, path, strict=True):
+        assert velocity(z, y, eps, a, b).norm(dim=1).max() <= 1.5 * t.exp()
+    # The mean, on its straight line: Runge and Kutta's factor for e^-t has an error of 1e-6.
+    m0, goal = a @ x, b @ y
+    line = goal + torch.exp(-times)[:, None] * (m0 - goal)
+    assert (torch.einsum("i,tid->td", a, path) - line).abs().max() < 2e-6 * (1 + (m0 - goal).norm())
+    # Two atoms leave the ball of both laws.
+    wide = flow(pair(), torch.ones(1, 1, dtype=F64), eps, end=1.5)[:, :, 0]
+    m, r = wide.mean(1), (wide[:, 1] - wide[:, 0]) / 2
+    assert (m - (1 - torch.exp(-times))).abs().max() < 2e-6
+    assert wide[1, 1] > 1 + 0.1 * (1 - math.tanh(1 / eps)) * 0.125
+    q = 1.0
+    for _ in range(1500):  # r' = -r tanh(r^2/eps) by the midpoint rule
+        half = q - 0.0005 * q * math.tanh(q * q / eps)
+        q = q - 0.001 * half * math.tanh(half * half / eps)
+    assert abs(r[-1] - q) < 1e-4
+
+
+# thm-velocity-lipschitz -----------------------------------------------------------------
+
+
+def eigenvalues(x, y, z, eps, a=None, b=None):
+    jacobian = torch.autograd.functional.jacobian
+    J = jacobian(lambda p: velocity(x, y, eps, a, b, at=p).sum(0), z).movedim(1, 0)
+    assert (J - J.mT).abs().max() < 1e-9
+    return torch.linalg.eigvalsh(J)
+
+
+@pytest.mark.parametrize("eps", [0.1, 1.0])
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_thm_velocity_lipschitz(d, eps):
+    x, y, a, b, generator = problem(d, d=d)
+    y = 0.6 * y
+    D, D_star = torch.pdist(x).max(), torch.pdist(y).max()
+    z = torch.cat([points(generator, 30, d), 30 * points(generator, 10, d)])
+    rates = eigenvalues(x, y, z, eps, a, b)
+    assert rates.min() >= -(D**2) / (4 * eps) - 1e-9
+    assert rates.max() <= D_star**2 / (4 * eps) + 1e-9
+    # At finite distances, both inequalities.
+    v, gap = velocity(x, y, eps, a, b, at=z), z[:, None] - z
+    rise = v[:, None] - v
+    assert (rise.norm(dim=2) <= max(D, D_star) ** 2 / (4 * eps) * gap.norm(dim=2) + 1e-9).all()
+    assert ((rise * gap).sum(2) <= D_star**2 / (4 * eps) * gap.norm(dim=2) ** 2 + 1e-9).all()
+    # Attained by two atoms, at any distance and in any direction.
+    u = points(generator, 1, d)
+    two, origin = torch.cat([u, -u]), torch.zeros(1, d, dtype=F64)
+    best = u.norm() ** 2 / eps
+    assert eigenvalues(origin, two, origin, eps).max() == pytest.approx(best.item(), rel=1e-8)
+    assert eigenvalues(two, origin, origin, eps).min() == pytest.approx(-best.item(), rel=1e-8)
+
+
+# thm-velocity-stability -----------------------------------------------------------------
+
+
+def check_bounds(seed, eps):
+    x, y, a, b, generator = problem(seed)
+    L2, L3 = constants(1 / eps)
+    z, v = points(generator, 50), {}
+    base = velocity(x, y, eps, a, b, at=z)
+    for t in (0.02, 0.01):
+        x1, y1 = (1 - t) * x + t * points(generator, len(x)), (1 - t) * y + t * points(generator, len(y))
+        a1, b1 = (1 - t) * a + t * weights(generator, len(x)), (1 - t) * b + t * weights(generator, len(y))
+        in_mu = (velocity(x1, y, eps, a1, b, at=z) - base).norm(dim=1).max()
+        in_target = (velocity(x, y1, eps, a, b1, at=z) - base).norm(dim=1).max()
+        assert 0 < in_mu <= L2 * w1(x, x1, a, a1)
+        assert 0 < in_target <= L3 * w1(y, y1, b, b1)
+        # Never so near the bound that the constant would matter, never zero.
+        v[t] = in_mu / w1(x, x1, a, a1)
+    assert 0.05 < v[0.01] < 50 and 0.05 < v[0.02] < 50
+
+
+def check_two_atoms(eps, R):
+    s, tau = R**2 / eps, 1e-5
+    x, zero = R * pair(), torch.zeros(1, 1, dtype=F64)
+    field, w = nl.fields.Sinkhorn(eps, tol=1e-14), 4 * R * tau
+
+    def change(*signs):
+        return sum(
+            s * field(x, x.clone(), zero, tilted(s * p), tilted(s * q)).item() for s in (1, -1) for p, q in signs
+        )
+
+    in_mu = -(0.5 * math.sinh(2 * s) + 1 / (1 + math.tanh(s)))
+    assert change((tau, 0.0)) / w == pytest.approx(in_mu, rel=1e-5)
+    assert change((0.0, tau)) / w == pytest.approx(math.cosh(s) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"),
+    [(check_bounds, (seed, eps)) for seed in range(2) for eps in (0.3, 1.0, 10.0)]
+    + [(check_two_atoms, (eps, R)) for eps, R in ((0.5, 1.0), (1.0, 0.7), (3.0, 2.0))],
+)
+def test_thm_velocity_stability(claim, setting):
+    claim(*setting)
+
+
+# thm-mean-field -------------------------------------------------------------------------
+
+
+def check_the_equation(seed, eps=0.5):
+    """The particles' law solves the equation, in the weak form; coinciding particles are one of greater weight."""
+    x, y, a, b, generator = problem(seed)
+    path = flow(x, y, eps, a, b, end=0.5, step=1 / 64)
+    k = torch.randn(2, generator=generator, dtype=F64)
+    phi = torch.sin(path @ k) @ a
+    rate = (phi[17] - phi[15]) * 32
+    z = path[16]
+    weak = a @ (torch.cos(z @ k) * (velocity(z, y, eps, a, b) @ k))
+    assert abs(rate - weak) < 2e-4
+    assert abs(rate + weak) > 1e-2
+    repeat = torch.tensor([1, 2, 3, 1, 4, 2])
+    crowd = flow(x.repeat_interleave(repeat, 0), y, eps, b=b)[-1]
+    heavy = flow(x, y, eps, repeat / repeat.sum(dtype=F64), b)[-1]
+    assert (crowd - heavy.repeat_interleave(repeat, 0)).abs().max() < 1e-7
+    # Another labelling, the same flow.
+    order = torch.randperm(6, generator=generator)
+    assert (flow(x[order], y, eps, a[order], b)[-1] - flow(x, y, eps, a, b)[-1][order]).abs().max() < 1e-7
+
+
+def check_nearby_starts(seed, eps=2.0):
+    """Dobrushin's estimate, with the constant of a ball that holds both flows."""
+    x, y, a, b, generator = problem(seed)
+    x, y = 0.5 * x, 0.5 * y
+    other, c = x[:5] + 0.05 * points(generator, 5), weights(generator, 5)
+    for z, w in ((x + 0.02 * points(generator, 6), a), (other, c)):
+        p, q = flow(x, y, eps, a, b), flow(z, y, eps, w, b)
+        R = float(torch.cat([p.flatten(0, 1), q.flatten(0, 1), y]).norm(dim=1).max())
+        L = y.norm(dim=1).max() ** 2 / eps + constants(R**2 / eps)[0]
+        start = w1(x, z, a, w)
+        for k in (2, 5, 8):
+            assert w1(p[k], q[k], a, w) <= math.exp(L * k / 8) * start
+            # What happens is far from the bound: the start is neither forgotten nor blown up.
+            assert 0.2 < w1(p[k], q[k], a, w) / start < 2
+        spread = (velocity(p[8], y, eps, a, b, at=y) - velocity(q[8], y, eps, w, b, at=y)).norm(dim=1).max()
+        assert spread <= constants(R**2 / eps)[0] * math.exp(L) * start
+
+
+def check_the_ridge(eps):
+    """Two particles leave the one they should stay with at the rate L_1 = R_*^2 / eps, and no faster."""
+    r = 1e-7
+    field = nl.fields.Sinkhorn(eps, tol=1e-13)
+    path = nl.follow(field, r * pair(), pair(), step=0.05, steps=20, method="rk4")[:, 1, 0]
+    growth = (path / r).log()
+    assert growth[-1] == pytest.approx(1 / eps, rel=1e-3)
+    assert (growth <= torch.linspace(0, 1, 21, dtype=F64) / eps + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"),
+    [(check_the_equation, (0,)), (check_the_equation, (1,)), (check_nearby_starts, (2,)), (check_nearby_starts, (3,))]
+    + [(check_the_ridge, (eps,)) for eps in (0.5, 1.0)],
+)
+def test_thm_mean_field(claim, setting):
+    claim(*setting)
+
+
+# thm-sampled-target ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "eps"), [(0, 0.3), (1, 2.0), (2, 20.0)])
+def test_thm_sampled_target(seed, eps):
+    x, y, a, b, generator = problem(seed)
+    x, y = 0.5 * x, 0.5 * y
+    path, off = flow(x, y, eps, a, b), []
+    for size in (0.1, 0.05):
+        z, c = y + size * torch.tensor([1.0, -0.5], dtype=F64), b
+        moved = flow(x, z, eps, a, c)
+        R = float(torch.cat([path.flatten(0, 1), moved.flatten(0, 1), y, z]).norm(dim=1).max())
+        R_star = float(torch.cat([y, z]).norm(dim=1).max())
+        L2, L3 = constants(R**2 / eps)
+        L, distance = R_star**2 / eps + L2, w1(y, z, b, c)
+        for k in (2, 8):
+            t, gap = k / 8, w1(path[k], moved[k], a, a)
+            assert gap <= (L3 / L * math.expm1(L * t) if L < 600 else math.inf) * distance
+            # The means part exactly so, and the clouds at least so far.
+            assert gap >= (1 - math.exp(-t)) * (c @ z - b @ y).norm() - 1e-6
+        off.append(w1(path[8], moved[8], a, a))
+    # A translation of the target by u moves every particle by (1 - e^-t) u: the floor is attained.
+    assert off[0] == pytest.approx((1 - math.exp(-1)) * 0.1 * 1.25**0.5, rel=1e-4)
+    assert off[1] / off[0] == pytest.approx(0.5, rel=1e-4)
+    # Other weights: two samples of the target.
+    c = torch.multinomial(b, 8, replacement=True, generator=generator).bincount(minlength=8) / 8.0
+    moved = flow(x, y, eps, a, c.double())
+    floor = (1 - math.exp(-1)) * float(((c.double() - b) @ y).norm())
+    assert floor - 1e-6 <= w1(path[8], moved[8], a, a) <= 3 * w1(y, y, b, c.double())
+
+
+# thm-monte-carlo-rate -------------------------------------------------------------------
+
+
+def counts(w, n, trials, generator):
+    """Weights of the atoms in samples of n points, (trials, atoms)."""
+    i = torch.multinomial(w.expand(trials, -1), n, replacement=True, generator=generator)
+    return torch.stack([i.eq(k).double().mean(1) for k in range(len(w))], 1)
+
+
+def copies(t, trials):
+    return t.expand(trials, *t.shape).contiguous()
+
+
+def check_rates(seed, d, eps, trials=60):
+    """Velocity and particles at N and 16 N: errors a quarter; both below the bounds."""
+    x, y, a, b, generator = problem(seed, n=10, m=9, d=d)
+    z, s, lam = points(generator, 30, d), 1 / eps, max(2, 8 / eps)
+    C1 = 2 * math.exp(4 * s) * (lam * (1 + math.exp(2 * s) + 2 * math.cosh(s) ** 2) + 4)
+    C2 = 2 * math.exp(4 * s) * (lam * math.sinh(2 * s) + 4)
+    field, rms = nl.fields.Sinkhorn(eps, tol=1e-8), []
+    truth, (*_, end) = field(x, y, at=z, a=a, b=b), flow(x, y, eps, a, b, step=0.5)
+    X, Y, Z = (copies(t, trials) for t in (x, y, z))
+    for n in (100, 1600):
+        A, B = counts(a, n, trials, generator), counts(b, n, trials, generator)
+        errors = []
+        for p, q in ((A, copies(b, trials)), (copies(a, trials), B)):
+            off = (field(X, Y, at=Z, a=p, b=q) - truth).norm(dim=2).max(1).values
+            errors.append(off.square().mean().sqrt())
+        assert errors[0] <= C1 / n**0.5 and errors[1] <= C2 / n**0.5
+        path = nl.follow(field, X, Y, step=0.5, steps=2, method="rk4", a=A, b=B)[-1]
+        errors.append((A * (path - end).norm(dim=2)).sum(1).square().mean().sqrt())
+        # The mean's error is known exactly.
+        mean = torch.einsum("ti,tid->td", A, path) - a @ end
+        var0 = a @ (x - a @ x).square().sum(1)
+        var1 = b @ (y - b @ y).square().sum(1)
+        theory = (math.exp(-2) * var0 + (1 - math.exp(-1)) ** 2 * var1) / n
+        # The sum of squares has a relative deviation of sqrt(2/trials) at most.
+        assert mean.square().sum(1).mean() == pytest.approx(theory.item(), rel=4 * (2 / trials) ** 0.5)
+        errors.append((mean.square().sum(1).mean()).sqrt())
+        rms.append(torch.stack(errors))
+    assert ((rms[0] / rms[1] / 4).log().abs() < 0.5).all(), rms
+    assert (rms[0] * 10 > 0.1).all()
+
+
+def check_the_inner_product(seed, eps):
+    """f + g is at most 4 R^2 on the ball, with which the kernel's features are bounded."""
+    x, y, a, b, generator = problem(seed)
+    z = torch.cat([points(generator, 40), x, y])
+    f = nl.barycentric_map(x, y, eps, a=a, b=b, tol=1e-12).potential(z)
+    g = nl.barycentric_map(y, x, eps, a=b, b=a, tol=1e-12).potential(z)
+    # The two extensions may differ by a constant: fixed by the row sums of the plan.
+    cost = 0.5 * torch.cdist(z, y) ** 2
+    rows = torch.logsumexp((f[:, None] + g[-len(y) :] - cost) / eps + b.log(), 1)
+    f = f - eps * rows.mean()
+    assert (rows - rows.mean()).abs().max() < 1e-8
+    top, value = (f[:, None] + g).max(), nl.entropic_cost(x, y, eps, a=a, b=b, tol=1e-12)
+    assert top <= 4 - value + 1e-9
+    p = torch.exp((f[:, None] + g - 0.5 * torch.cdist(z, z) ** 2) / eps)
+    assert (p.max(0).values / p.min(0).values).max() <= math.exp(4 / eps)
+    assert ((p[40 : 40 + len(x)] * a[:, None]).sum(0) - 1).abs().max() < 1e-8
+
+
+def check_clouds():
+    """On the line E W_1 is at most R/sqrt(N); in space no cloud beats N^(-1/3)."""
+    generator, law = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 2001, dtype=F64)
+    for n in (25, 400):
+        far = [
+            ot.wasserstein_1d((2 * torch.rand(n, generator=generator, dtype=F64) - 1).numpy(), law.numpy())
+            for _ in range(50)
+        ]
+        assert 0.5 < sum(far) / 50 * n**0.5 < 1
+    # The uniform law on the cube: p = 1, omega_3 = 4 pi / 3; even a regular grid obeys the lower bound.
+    axis = (torch.arange(16, dtype=F64) + 0.5) / 16
+    cube = torch.cartesian_prod(axis, axis, axis)
+    for k in (2, 4):
+        centres = (torch.arange(k, dtype=F64) + 0.5) / k
+        best = torch.cdist(cube, torch.cartesian_prod(centres, centres, centres)).min(1).values.mean()
+        assert 0.5 * (2 * 4 / 3 * math.pi * k**3) ** (-1 / 3) < best
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"),
+    [(check_rates, (0, 1, 0.5)), (check_rates, (1, 2, 0.3)), (check_rates, (2, 6, 1.0))]
+    + [(check_the_inner_product, (seed, eps)) for seed in range(2) for eps in (0.3, 2.0)]
+    + [(check_clouds, ())],
+)
+def test_thm_monte_carlo_rate(claim, setting):
+    claim(*setting)
