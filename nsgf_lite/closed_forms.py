@@ -209,7 +209,7 @@ def gaussian_flow(
     Used in
     -------
     :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-gaussian-mean`, :prf:ref:`thm-gaussian-variance`,
-    :prf:ref:`thm-gaussian-eps`
+    :prf:ref:`thm-gaussian-eps`, :doc:`/book/mean_field_limit`
     """
     start, target = (
         _covariance(name, given).detach().cpu() for name, given in (("S", S), ("target_covariance", target_covariance))

@@ -54,7 +54,8 @@ class Sinkhorn:
 
     Used in
     -------
-    :prf:ref:`thm-first-variation`, :prf:ref:`thm-sinkhorn-velocity`
+    :prf:ref:`thm-first-variation`, :prf:ref:`thm-sinkhorn-velocity`, :prf:ref:`thm-velocity-lipschitz`,
+    :prf:ref:`thm-velocity-stability`
     """
 
     eps: float

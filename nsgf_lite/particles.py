@@ -12,11 +12,40 @@ from nsgf_lite.fields import Field, Warm
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 
 # Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.
-_METHODS: dict[str, list[list[float]]] = {
+METHODS: dict[str, list[list[float]]] = {
     "euler": [[], [1.0]],
     "heun": [[], [1.0], [1 / 2, 1 / 2]],
     "rk4": [[], [1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],
 }
+
+
+Time = float | Tensor
+
+
+def advance(
+    velocity: Callable[[Tensor, Any], Tensor], x: Tensor, t: Time, step: Time, method: str = "euler"
+) -> tuple[Tensor, Tensor]:
+    """One explicit Runge-Kutta step of ``dx/dt = velocity(x, t)``: the positions (n, d) at t + step, the velocity at t.
+
+    Time and step are numbers, or one for each particle, (n, 1).
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
+
+    Source
+    ------
+    Hairer, Nørsett, Wanner (1993), Section II.1.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    *nodes, average = METHODS[method]
+    stages: list[Tensor] = []
+    for row in nodes:
+        moved = sum((w * v for w, v in zip(row, stages, strict=True) if w), torch.zeros_like(x))
+        stages.append(velocity(x + step * moved, t + step * sum(row)))
+    return x + step * sum(w * v for w, v in zip(average, stages, strict=True)), stages[0]
 
 
 @torch.no_grad()
@@ -70,11 +99,11 @@ def follow(
 
     Used in
     -------
-    :prf:ref:`thm-descent`
+    :prf:ref:`thm-descent`, :prf:ref:`thm-mean-field`
     """
     read_clouds(x=x, y=y)
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     read_positive(step=step)
     read_counts(steps=steps)
     if stop_below is not None:
@@ -87,15 +116,10 @@ def follow(
         options["warm"] = warm
     path = [x]
     for k in tqdm(range(1, steps + 1), desc="follow", disable=not progress):
-        stages: list[Tensor] = []
-        *nodes, average = _METHODS[method]
-        for row in nodes:
-            moved = sum((w * v for w, v in zip(row, stages, strict=True) if w), torch.zeros_like(x))
-            stages.append(field(path[-1] + step * moved, y, **options))
-        speed = float(stages[0].square().sum(-1).mean().sqrt())
-        if stop_below is not None and speed < stop_below:
+        moved, velocity = advance(lambda z, t: field(z, y, **options), path[-1], 0.0, step, method)
+        if stop_below is not None and float(velocity.square().sum(-1).mean().sqrt()) < stop_below:
             break
-        path.append(path[-1] + step * sum(w * v for w, v in zip(average, stages, strict=True)))
+        path.append(moved)
         if not bool(torch.isfinite(path[-1]).all()):
             raise FloatingPointError(
                 f"particles left the finite numbers at step {k} of {steps}; a smaller step than {step:g}?"
