@@ -82,7 +82,7 @@ MUTATIONS = [
     Mutation("over-relaxation by the wrong root", "solver", "2 / (1 + math.sqrt(max(0.0, 1 - plain)))", "2 / (1 + max(0.0, 1 - plain))"),
     Mutation("Newton's direction reversed", "solver", "(b - columns).unsqueeze(-1)", "(columns - b).unsqueeze(-1)"),
     # particles and metrics
-    Mutation("particles step backwards", "particles", "path[-1] + step * sum(", "path[-1] - step * sum("),
+    Mutation("particles step backwards", "particles", "return x + step * sum(", "return x - step * sum("),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
     Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
 ]  # fmt: skip

@@ -1,0 +1,353 @@
+"""What every model of the book shares: fit on a source and a target, sample by an explicit solver, save and load."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor, nn
+
+from nsgf_lite import checkpoints
+from nsgf_lite.inputs import read_clouds, read_counts
+from nsgf_lite.networks import MLP, Stack, seeded
+from nsgf_lite.particles import advance
+from nsgf_lite.streams import Stream
+from nsgf_lite.training import Part, Training, json_like, train
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+NetworkFactory = Callable[[int, int], nn.Module]
+
+
+@dataclass
+class Flow:
+    """A velocity field v(x, t), t in [0, 1], learned by regression; the base of NSGF and of the straight flows.
+
+    A model has the parameters `network`, which makes the network from the dimension and the number of classes,
+    ``network(d, classes)``, to be called as ``(x, t)`` or ``(x, t, label)`` (None for :class:`nsgf_lite.networks.MLP`),
+    and `labels`, the number of classes that a data loader's labels name. It says in :meth:`_begin` how to prepare, and
+    in :meth:`_batch` which (x, t, v) it regresses on.
+
+    Used in
+    -------
+    :doc:`/book/neural_sinkhorn_flow`
+    """
+
+    velocity: nn.Module = field(init=False, repr=False)
+    source: Stream = field(init=False, repr=False)
+    target: Stream = field(init=False, repr=False)
+    classes: int = field(init=False, default=0, repr=False)
+    dimension: int = field(init=False, default=0, repr=False)
+    losses: list[float] = field(init=False, default_factory=list, repr=False)
+
+    # --- what a model adds ----------------------------------------------------------------------------------------
+
+    def _begin(self, generator: Generator) -> None:
+        """Fill what the batches are drawn from, before the first step of a new run."""
+
+    def _batch(self, n: int, step: int, generator: Generator) -> Batch:
+        """Draw x (n, d), t (n,), v (n, d) and labels (n,), or None, for one optimiser step."""
+        raise NotImplementedError
+
+    def _parts(self) -> dict[str, Part]:
+        """What a checkpoint must hold beside network, optimiser and generator."""
+        return {"source": self.source, "target": self.target}
+
+    def _saved(self) -> None:
+        """A checkpoint has been written."""
+
+    # --- what all share -------------------------------------------------------------------------------------------
+
+    def hyperparameters(self) -> dict[str, object]:
+        """Name of the model and values of its parameters, in JSON's terms."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "network"}
+        return {"model": type(self).__name__, **{k: _plain(v) for k, v in values.items()}}
+
+    def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
+        """Read the data and make the network, standardised to them; ``fit`` does this first.
+
+        Raises
+        ------
+        ValueError
+            If source and target disagree in dimension, or as :class:`nsgf_lite.streams.Stream`.
+        """
+        labels = getattr(self, "labels", 0)
+        self.source, self.target = Stream("source", source, labels), Stream("target", target, labels)
+        self.classes = self.target.classes
+        if self.source.classes not in (0, self.classes):
+            raise ValueError(f"source has {self.source.classes} classes and target {self.classes}")
+        first = self.source.draw(training.batch, generator), self.target.draw(training.batch, generator)
+        self.dimension = first[1].shape[1]
+        if first[0].shape[1] != self.dimension:
+            raise ValueError(f"source has dimension {first[0].shape[1]} and target {self.dimension}")
+        return self._make(generator, torch.cat(first))
+
+    def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
+        make = getattr(self, "network", None) or (lambda d, classes: MLP(d, classes=classes))
+        self.velocity = seeded(lambda: make(self.dimension, self.classes), generator).to(generator.device)
+        if points is not None and isinstance(self.velocity, MLP):
+            self.velocity.standardise(points)
+        return self.velocity
+
+    def fit(
+        self,
+        source: Any,
+        target: Any,
+        training: Training | None = None,
+        *,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Train on a source and a target, each a law, a tensor, a data loader, or one of these for each class.
+
+        Parameters
+        ----------
+        source, target : Law, Tensor, DataLoader, or a sequence
+            As :class:`nsgf_lite.streams.Stream` reads them.
+        training : Training
+            The budget.
+        seed : int
+            All chance of the run.
+        checkpoint : path
+            File to resume from and to write; see :func:`nsgf_lite.training.train`.
+        progress : bool
+            Show a progress bar with the loss.
+
+        Raises
+        ------
+        ValueError
+            If the data do not fit one another or the minibatch, or the checkpoint is another run's.
+        FloatingPointError
+            If the run diverges; the message says at which step.
+        """
+        fit_together([self], [source], [target], training, seeds=[seed], checkpoint=checkpoint, progress=progress)
+        return self
+
+    @torch.no_grad()
+    def path(
+        self,
+        n: int,
+        steps: int,
+        solver: str = "euler",
+        *,
+        start: Tensor | None = None,
+        label: int | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Positions (steps + 1, n, d) along the learned flow from the source; arguments as in :meth:`sample`."""
+        x, labels = self._start(n, steps, start, label, generator)
+        rows = [x]
+        for k in range(steps):
+            moved, _ = advance(lambda z, t: self._at(z, t, labels), rows[-1], k / steps, 1 / steps, solver)
+            rows.append(moved)
+        return torch.stack(rows)
+
+    def sample(
+        self,
+        n: int,
+        steps: int,
+        solver: str = "euler",
+        *,
+        start: Tensor | None = None,
+        label: int | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Samples (n, d) of the target: the source's points at the end of the learned flow.
+
+        Parameters
+        ----------
+        n, steps : int
+            Number of samples, and of steps of the solver.
+        solver : str
+            ``euler``, ``heun`` or ``rk4``: 1, 2, 4 evaluations of the network a step.
+        start : Tensor
+            Points (n, d) to start from, instead of a draw from the source; a loaded model has no source and needs it.
+        label : int
+            Class, if the model has classes; without it each point gets one at random.
+        generator : Generator
+            Chance of the source; by default a fresh one with seed 0.
+
+        Raises
+        ------
+        ValueError
+            If the model has not been fitted, or start, label or solver do not fit.
+        """
+        return self.path(n, steps, solver, start=start, label=label, generator=generator)[-1]
+
+    def _start(
+        self, n: int, steps: int, start: Tensor | None, label: int | None, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Starting points and labels of a sample."""
+        if not hasattr(self, "velocity"):
+            raise ValueError("the model has not been fitted: call fit or load first")
+        read_counts(n=n, steps=steps)
+        if label is not None and not 0 <= label < self.classes:
+            raise ValueError(f"label must be None or below the number of classes, {self.classes}, got {label}")
+        device = next(self.velocity.parameters()).device
+        generator = generator or torch.Generator(device).manual_seed(0)
+        labels = None
+        if self.classes:
+            drawn = torch.randint(self.classes, (n,), generator=generator, device=generator.device).to(device)
+            labels = drawn if label is None else torch.full_like(drawn, label)
+        if start is not None:
+            read_clouds(start=start)
+            if start.shape != (n, self.dimension):
+                raise ValueError(f"start must have shape ({n}, {self.dimension}), got {tuple(start.shape)}")
+            return start.to(device, torch.float32), labels
+        if not hasattr(self, "source"):
+            raise ValueError("a loaded model has no source: give the points to start from as start=")
+        if labels is None or not self.source.classes:
+            return self.source.draw(n, generator).to(device), labels
+        x = torch.empty(n, self.dimension, device=device)
+        for c in labels.unique().tolist():
+            x[labels == c] = self.source.draw(int((labels == c).sum()), generator, c).to(device)
+        return x, labels
+
+    def _at(self, x: Tensor, t: float | Tensor, labels: Tensor | None) -> Tensor:
+        """Velocity of the points x at the time t, one number or one for each point, (n, 1)."""
+        return call(
+            self.velocity, x, torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x), 1)[:, 0], labels
+        )
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that :meth:`save` writes."""
+        return {"velocity": self.velocity}
+
+    def save(self, path: str | Path) -> None:
+        """Write networks and hyperparameters to one safetensors file, atomically; OSError if the disk is full."""
+        tensors = {f"{a}/{b}": t for a, network in self.networks().items() for b, t in network.state_dict().items()}
+        notes = {"hyperparameters": self.hyperparameters(), "dimension": self.dimension, "classes": self.classes}
+        checkpoints.write(path, tensors, {**notes, "losses": self.losses})
+
+    def load(self, path: str | Path) -> Self:
+        """Read networks from a file of :meth:`save`, into a model made with the same hyperparameters.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, or of other hyperparameters or another shape.
+        """
+        tensors, notes = checkpoints.read(path)
+        mine = json_like(self.hyperparameters())
+        if notes.get("hyperparameters") != mine:
+            raise ValueError(f"{path} holds a model with {notes.get('hyperparameters')}, not {mine}")
+        self.dimension, self.classes, self.losses = notes["dimension"], notes["classes"], notes["losses"]
+        self._make(torch.Generator().manual_seed(0))
+        for name, network in self.networks().items():
+            own = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + "/")}
+            try:
+                network.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"{path} holds a network of another shape: {error}") from None
+        return self
+
+
+def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """The network's value, with the labels only if there are some."""
+    return network(x, t) if labels is None else network(x, t, labels)
+
+
+def _plain(value: object) -> object:
+    """A hyperparameter in JSON's terms."""
+    return value if isinstance(value, bool | int | float | str | type(None)) else repr(value)
+
+
+def fit_together(
+    models: Sequence[Flow],
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+    training: Training | None = None,
+    *,
+    seeds: Sequence[int],
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Fit equal models, each on its source and target with its seed, in one training of stacked networks.
+
+    Each ends with the weights that it would have had alone, up to rounding: gradients, clipping and Adam do not mix
+    members.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`Flow.fit`; if the models are not of one shape.
+
+    Used in
+    -------
+    :doc:`/book/two_dimensional_benchmark`
+    """
+    training = training or Training()
+    accelerator = Accelerator()
+    rank = 1_000_003 * accelerator.process_index
+    chances = [torch.Generator(accelerator.device).manual_seed(seed + rank) for seed in seeds]
+    each = list(zip(models, chances, strict=True))
+    nets = [
+        model.prepare(source, target, training, chance)
+        for (model, chance), source, target in zip(each, sources, targets, strict=True)
+    ]
+    alone = len(nets) == 1
+    network = nets[0] if alone else Stack(nets)
+    spreads = [net.spread if isinstance(net, MLP) else torch.ones(()) for net in nets]
+    unit = torch.stack(spreads).to(accelerator.device)  # so that clipping does not depend on the unit of length
+
+    def loss(net: nn.Module, step: int) -> Tensor:
+        draws = [model._batch(training.batch, step, chance) for model, chance in each]
+        if alone:
+            x, t, v, label = draws[0]
+        else:
+            x, t, v = (torch.stack(column) for column in list(zip(*draws, strict=True))[:3])  # type: ignore[arg-type]
+            label = None if draws[0][3] is None else torch.stack([draw[3] for draw in draws])
+        return ((call(net, x, t, label) - v).square().sum(-1).mean(-1) / unit**2).sum()
+
+    def begin() -> None:
+        for model, chance in each:
+            model._begin(chance)
+
+    def saved() -> None:
+        for model in models:
+            model._saved()
+
+    parts: dict[str, Part] = {f"{k}.{name}": part for k, m in enumerate(models) for name, part in m._parts().items()}
+    parts |= {f"{k}.chance": Chance(chance) for k, chance in enumerate(chances[1:], 1)}
+    losses = train(
+        network,
+        loss,
+        training,
+        chances[0],
+        start=begin,
+        parts=parts,
+        identity={
+            "models": [m.hyperparameters() for m in models],
+            "data": [[repr(m.source), repr(m.target)] for m in models],
+            "seeds": list(seeds),
+            "network": str(nets[0]),
+        },
+        checkpoint=checkpoint,
+        saved=saved,
+        progress=progress,
+        name=type(models[0]).__name__,
+        accelerator=accelerator,
+    )
+    if isinstance(network, Stack):
+        network.unstack(nets)
+    for model in models:
+        model.losses = losses
+
+
+@dataclass
+class Chance:
+    """A generator as a part of a checkpoint."""
+
+    generator: Generator
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state."""
+        return {"state": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take it up."""
+        self.generator.set_state(state["state"])

@@ -1,0 +1,151 @@
+"""Networks of points and times: one multilayer perceptron for every model, and stacks of equal networks."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from nsgf_lite.inputs import read_clouds, read_counts
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def seeded(make: Callable[[], Module], generator: Generator) -> Module:
+    """Return ``make()``, its weights drawn from the generator and not from torch's global state.
+
+    Used in
+    -------
+    :doc:`/book/neural_sinkhorn_flow`
+    """
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron of a point x (n, d), a time t (n,) in [0, 1] and a class label (n,): SiLU hidden layers.
+
+    Time enters as ``t, cos(πkt), sin(πkt)`` for k up to `frequencies`, so that a velocity may change fast in time.
+    Points are standardised by the buffers `centre` (d,) and `spread`, which :meth:`standardise` sets; a velocity (`out`
+    None) is multiplied by `spread` again, so that the unit of length does not matter.
+
+    Parameters
+    ----------
+    dimension : int
+        d, the dimension of a point.
+    out : int
+        Number of outputs; None for a velocity, which has d and the unit of the points.
+    width, depth : int
+        Size and number of the hidden layers.
+    frequencies : int
+        Number of frequencies in the code of time.
+    classes : int
+        Number of class labels; 0 for none.
+
+    Raises
+    ------
+    ValueError
+        If a size is not a positive integer, or a label is missing, not wanted or out of range.
+
+    Source
+    ------
+    Zhu et al. (2024), Appendix E.1 (three hidden layers of 256); the code of time is ours.
+
+    Used in
+    -------
+    :doc:`/book/neural_sinkhorn_flow`
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        dimension: int,
+        out: int | None = None,
+        width: int = 256,
+        depth: int = 3,
+        frequencies: int = 4,
+        classes: int = 0,
+    ) -> None:
+        super().__init__()
+        read_counts(dimension=dimension, width=width, depth=depth)
+        if out is not None:
+            read_counts(out=out)
+        self.dimension, self.out, self.frequencies, self.classes = dimension, out, frequencies, classes
+        sizes = [dimension + 1 + 2 * frequencies + classes, *[width] * depth]
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dimension if out is None else out))
+        self.register_buffer("centre", torch.zeros(dimension))
+        self.register_buffer("spread", torch.ones(()))
+
+    def standardise(self, x: Tensor) -> None:
+        """Set centre and spread to the mean and the root mean square deviation of the points x (n, d)."""
+        read_clouds(x=x)
+        self.centre.copy_(x.mean(0))
+        self.spread.copy_((x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Value (n, d) or (n, out) at points x (n, d) and times t (n,), for the labels (n,) if there are classes."""
+        if (label is None) != (self.classes == 0):
+            raise ValueError(f"a label is {'missing' if label is None else 'not wanted'}: classes = {self.classes}")
+        angle = math.pi * t.unsqueeze(-1) * torch.arange(1, self.frequencies + 1, device=x.device, dtype=x.dtype)
+        code = [(x - self.centre) / self.spread, t.unsqueeze(-1), angle.cos(), angle.sin()]
+        if label is not None:
+            code.append((label.unsqueeze(-1) == torch.arange(self.classes, device=x.device)).to(x.dtype))
+        value = self.layers(torch.cat(code, -1))
+        return value * self.spread if self.out is None else value
+
+
+class Stack(nn.Module):
+    """Equal networks as one, whose tensors carry a leading axis of members: a row of a table trains in one sweep.
+
+    Called with x (s, n, d), t (s, n) and labels (s, n) it returns what each member returns on its own slice. Worth its
+    while where a single network does not fill the machine: small widths, and every GPU (``benchmarks/stacked.py``).
+
+    Raises
+    ------
+    ValueError
+        If the networks are not of one kind and shape.
+
+    Used in
+    -------
+    :doc:`/book/two_dimensional_benchmark`
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        shapes = {tuple((name, p.shape) for name, p in network.state_dict().items()) for network in networks}
+        if len(shapes) != 1 or len({str(network) for network in networks}) != 1:
+            raise ValueError("networks must be of one kind and shape to be stacked")
+        self._skeleton = [networks[0]]  # in a list, so that its parameters are not this module's
+        values, buffers = stack_module_state(list(networks))
+        self.stacked = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(p) for name, p in values.items()})
+        for name, buffer in buffers.items():
+            self.register_buffer(name.replace(".", "/"), buffer)
+        self._names = {name: name.replace(".", "/") for name in buffers}
+
+    def _state(self) -> dict[str, Tensor]:
+        values = {name.replace("/", "."): p for name, p in self.stacked.items()}
+        return values | {name: self.get_buffer(slot) for name, slot in self._names.items()}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Values of all members, each on its slice of the leading axis."""
+        skeleton = self._skeleton[0]
+
+        def one(state: dict[str, Tensor], *slices: Tensor) -> Tensor:
+            return functional_call(skeleton, state, slices)
+
+        return torch.vmap(one)(self._state(), *inputs)
+
+    @torch.no_grad()
+    def unstack(self, networks: Sequence[nn.Module]) -> None:
+        """Copy the members' weights back into the networks they came from."""
+        for k, network in enumerate(networks):
+            network.load_state_dict({name: value[k] for name, value in self._state().items()})
