@@ -296,11 +296,11 @@ def fit_together(
 
     def loss(net: nn.Module, step: int) -> Tensor:
         draws = [model._batch(training.batch, step, chance) for model, chance in each]
+        x, t, v = (torch.stack(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
+        labels = [draw[3] for draw in draws if draw[3] is not None]
+        label = torch.stack(labels) if labels else None
         if alone:
             x, t, v, label = draws[0]
-        else:
-            x, t, v = (torch.stack(column) for column in list(zip(*draws, strict=True))[:3])  # type: ignore[arg-type]
-            label = None if draws[0][3] is None else torch.stack([draw[3] for draw in draws])
         return ((call(net, x, t, label) - v).square().sum(-1).mean(-1) / unit**2).sum()
 
     def begin() -> None:
