@@ -101,7 +101,7 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
 
     Used in
     -------
-    :prf:ref:`thm-gaussian-plan`
+    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-gaussian-sinkhorn-flow`
     """
     return _slope(*_read(A, B, eps))
 
@@ -166,7 +166,7 @@ def gaussian_velocity(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) ->
 
     Used in
     -------
-    :prf:ref:`thm-sinkhorn-velocity`
+    :prf:ref:`thm-sinkhorn-velocity`, :prf:ref:`thm-gaussian-sinkhorn-flow`
     """
     slope = gaussian_map(A, B, eps) - gaussian_map(A, A, eps)
     a, b = _mean("a", a, len(slope)), _mean("b", b, len(slope))

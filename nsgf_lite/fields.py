@@ -55,7 +55,7 @@ class Sinkhorn:
     Used in
     -------
     :prf:ref:`thm-first-variation`, :prf:ref:`thm-sinkhorn-velocity`, :prf:ref:`thm-velocity-lipschitz`,
-    :prf:ref:`thm-velocity-stability`
+    :prf:ref:`thm-velocity-stability`, :prf:ref:`thm-gaussian-stays-gaussian`, :prf:ref:`thm-overshoot`
     """
 
     eps: float

@@ -58,7 +58,7 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
     Used in
     -------
     :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/speed`
     """
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
@@ -77,7 +77,7 @@ def arrows(ax: "Axes", x: Tensor, v: Tensor, color: str = GREY, **options: Any) 
 
     Used in
     -------
-    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`
+    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`
     """
     if x.shape != v.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x and v must both have shape (n, 2), got {tuple(x.shape)} and {tuple(v.shape)}")
@@ -108,7 +108,7 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
     Used in
     -------
     :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/speed`
     """
     from ipywidgets import HTML, IntSlider, Layout, Stack, VBox, jslink
 
