@@ -65,7 +65,7 @@ def scale(fast: Size, full: Size) -> Size:
 
     Used in
     -------
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/choosing`
+    :doc:`/book/wasserstein_gradient_flows`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/choosing`
     """
     setting = os.environ.get("NSGF_SCALE", "fast")
     if setting not in ("fast", "full"):

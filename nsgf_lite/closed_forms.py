@@ -287,7 +287,7 @@ def ou_moments(
 
     Used in
     -------
-    :prf:ref:`thm-ou-flow`
+    :prf:ref:`thm-ou-flow`, :prf:ref:`thm-jko-step`
     """
     if isinstance(t, bool) or not (isinstance(t, int | float) and 0 <= t < math.inf):
         raise ValueError(f"t must be a non-negative finite number, got {t!r}")

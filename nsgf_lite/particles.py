@@ -99,7 +99,7 @@ def follow(
 
     Used in
     -------
-    :prf:ref:`thm-descent`, :prf:ref:`thm-mean-field`, :prf:ref:`thm-gaussian-mean`
+    :prf:ref:`thm-quantile-flow`, :prf:ref:`thm-descent`, :prf:ref:`thm-mean-field`, :prf:ref:`thm-gaussian-mean`
     """
     read_clouds(x=x, y=y)
     if method not in METHODS:

@@ -108,7 +108,8 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
     Used in
     -------
     :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/speed`
+    :doc:`/book/wasserstein_gradient_flows`, :doc:`/book/sinkhorn_first_variation`,
+    :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/speed`
     """
     from ipywidgets import HTML, IntSlider, Layout, Stack, VBox, jslink
 
