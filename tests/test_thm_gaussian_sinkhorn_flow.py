@@ -271,12 +271,12 @@ def test_thm_gaussian_eps(seed):
         assert (path <= torch.maximum(*ends) + 1e-10).all()
     # The limit is the target, whatever eps; the clock is eps / (2 b).
     for eps in (0.1, 3.0):
-        far = 40 * math.sqrt(4 * low**2 + eps**2) / (2 * low)
-        assert (gaussian_flow(m, S, goal, B, eps, [far])[1] - B).abs().max() < 1e-9
+        far = 25 * math.sqrt(4 * low**2 + eps**2) / (2 * low)
+        assert (gaussian_flow(m, S, goal, B, eps, [far])[1] - B).abs().max() < 1e-8
     # Clouds agree: without the self term the limit would be B - eps.
     z, w = hermite(24)
     for field, end in ((nl.fields.Sinkhorn(0.5, tol=1e-11), 1.0), (undebiased(0.5), 0.5)):
-        x = nl.follow(field, 0.8 * z, z, 0.5, 60, a=w, b=w)[-1]
+        x = nl.follow(field, 0.8 * z, z, 0.5, 24, a=w, b=w)[-1]
         assert abs(float(w @ x[:, 0] ** 2) - end) < 1e-4
 
 
@@ -384,13 +384,13 @@ def test_thm_overshoot(eps):
     assert outward == pytest.approx((z * z - 2 * z - 1) / ((1 + z) * (1 + z * z)), abs=1e-9)
     assert (outward > 0) == (eps < 1 / (2 * math.log(1 + math.sqrt(2))))
     # In the end it is outside exactly when the gap closes faster than the mean.
-    path = nl.follow(field, x, y, 0.2, 40, method="rk4")
+    path = nl.follow(field, x, y, 0.4, 20, method="rk4")
     rate = math.tanh(1 / eps) + 1 / (eps * math.cosh(1 / eps) ** 2)
     assert (float(path[-1, 1]) > 1) == (rate > 1) == (2 / eps > 1 + math.exp(-2 / eps))
     half = (path[:, 1, 0] - path[:, 0, 0]) / 2
     if eps > 0.5:
         # late enough for the linearisation, early enough for rounding
-        assert -math.log(float((1 - half[-1]) / (1 - half[-6]))) == pytest.approx(rate, abs=0.02)
+        assert -math.log(float((1 - half[-1]) / (1 - half[-6]))) / 2 == pytest.approx(rate, abs=0.02)
     # The criterion at the boundary, in the plane: v points out where T_xy is further out than T_xx.
     generator = torch.Generator().manual_seed(60)
     square = 2 * torch.rand(12, 2, generator=generator, dtype=F64) - 1
@@ -406,21 +406,22 @@ def test_thm_overshoot(eps):
         still = nl.follow(lambda x, y: nl.barycentric_map(x, y, eps, tol=1e-10)(x) - x, square, corners, h, 5)
         assert still.abs().max() <= 1 + 1e-12
     # Gaussians on the line: a particle crosses its goal once, or never, as the theorem says.
-    times = torch.linspace(0, 30, 400, dtype=F64)
-    for m, p, a, b in ((0.0, 1.0, 4.0, 0.25), (0.0, 5.0, 4.0, 0.25), (0.0, -1.0, 4.0, 0.25), (1.5, -1.0, 0.5, 2.0)):
-        means, path = gaussian_flow(m, a, 3.0, b, eps + 1.5, times)
-        x = means[:, 0] + p * (path[:, 0, 0] / a).sqrt()
-        goal = 3.0 + p * math.sqrt(b / a)
-        sides = torch.sign(x - goal)[(x - goal).abs() > 1e-9]
-        crossings = int((sides[1:] != sides[:-1]).sum())
-        shrink = p * (1 - math.sqrt(b / a))
-        assert crossings == int(shrink * (m - 3.0) < 0 and abs(m - 3.0) > abs(shrink))
+    times = torch.linspace(0, 12, 200, dtype=F64)
+    for a, b, cases in ((4.0, 0.25, ((0.0, 1.0), (0.0, 5.0), (0.0, -1.0))), (0.5, 2.0, ((1.5, -1.0), (1.5, 1.0)))):
+        shape = variance(a, b, eps + 1.5, times)
+        for m, p in cases:
+            mean = gaussian_flow(m, b, 3.0, b, 1.0, times)[0][:, 0]
+            off = mean - 3.0 + p * ((shape / a).sqrt() - math.sqrt(b / a))
+            sides = torch.sign(off[off.abs() > 1e-9])
+            shrink = p * (1 - math.sqrt(b / a))
+            once = shrink * (m - 3.0) < 0 and abs(m - 3.0) > abs(shrink)
+            assert int((sides[1:] != sides[:-1]).sum()) == int(once)
     # The cloud does the same: its leading particle passes its goal and comes back.
-    if eps >= 0.6:
+    if eps >= 1:
         z, w = hermite(24)
-        path = nl.follow(field, z, 3 + 0.5 * z, 0.25, 20, method="rk4", a=w, b=w)
+        path = nl.follow(field, z, 3 + 0.5 * z, 0.5, 10, method="rk4", a=w, b=w)
         means, covariances = gaussian_flow(0.0, 1.0, 3.0, 0.25, eps, [5.0])
         inner = z.abs() < 3
-        assert ((path[-1] - means[0] - z * covariances[0, 0].sqrt()).abs() * inner).max() < 1e-3
+        assert ((path[-1] - means[0] - z * covariances[0, 0].sqrt()).abs() * inner).max() < 5e-3
         lead = int((z[:, 0] * inner[:, 0]).argmax())
         assert float(path[:, lead].max() - (3 + 0.5 * z[lead])) > 0.01
