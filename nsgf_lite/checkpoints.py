@@ -11,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    crc = 0
+def _checksum(tensors: dict[str, Tensor], notes: str) -> str:
+    """Of the numbers, and of what says how to read them: names, shapes, kinds of number, metadata."""
+    crc = zlib.crc32(notes.encode())
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), crc)
-    return crc
+        t = tensors[name]
+        crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.flatten().view(torch.uint8).numpy(), crc)
+    return str(crc)
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
@@ -34,7 +37,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, obje
     """
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    content = safetensors.torch.save(tensors, {"json": json.dumps(metadata), "crc32": str(_checksum(tensors))})
+    notes = json.dumps(metadata)
+    content = safetensors.torch.save(tensors, {"json": notes, "crc32": _checksum(tensors, notes)})
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(draft, "wb") as file:
@@ -78,6 +82,6 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     if not {"json", "crc32"} <= notes.keys():
         raise ValueError(f"{path} was not written by nsgf_lite: its metadata lack json and crc32")
-    if int(notes["crc32"]) != _checksum(tensors):
+    if notes["crc32"] != _checksum(tensors, notes["json"]):
         raise ValueError(f"{path} is damaged: its content does not have the checksum it was written with")
     return tensors, json.loads(notes["json"])

@@ -161,7 +161,7 @@ class OTCFM(Interpolant):
 
     def _pairs(self, n: int, label: int, generator: Generator) -> tuple[Tensor, Tensor]:
         x0, x1 = super()._pairs(n, label, generator)
-        cost = torch.cdist(x0, x1).square().double().cpu().numpy()
+        cost = torch.cdist(x0.double(), x1.double(), compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
         return x0, x1[torch.from_numpy(linear_sum_assignment(cost)[1]).to(x1.device)]
 
 
