@@ -74,6 +74,7 @@ MUTATIONS = [
     Mutation("velocity without the self term", "fields", 'images("towards", y, b) - images("away", x, a)', 'images("towards", y, b) - (x if at is None else at)'),
     Mutation("velocity uphill", "fields", 'images("towards", y, b) - images("away", x, a)', 'images("away", x, a) - images("towards", y, b)'),
     Mutation("velocity ignores the data's weights", "fields", 'images("towards", y, b)', 'images("towards", y, None)'),
+    Mutation("velocity's self term forgets the weights", "fields", 'images("away", x, a)', 'images("away", x, None)'),
     Mutation("velocity with half the self term", "fields", '- images("away", x, a)', '- images("away", x, a) / 2'),
     # the iterations
     Mutation("cost without its one half", "solver", "H = (gap * gap).mul_(-0.5) if k == 0 else H.addcmul_(gap, gap, value=-0.5)", "H = (gap * gap).mul_(-1.0) if k == 0 else H.addcmul_(gap, gap, value=-1.0)"),
@@ -83,6 +84,7 @@ MUTATIONS = [
     Mutation("Newton's direction reversed", "solver", "(b - columns).unsqueeze(-1)", "(columns - b).unsqueeze(-1)"),
     # particles and metrics
     Mutation("particles step backwards", "particles", "return x + step * sum(", "return x - step * sum("),
+    Mutation("particles forget their weights on the way", "particles", 'given = {"a": a, "b": b, "generator": generator}', 'given = {"a": None, "b": b, "generator": generator}'),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
     Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
 ]  # fmt: skip
