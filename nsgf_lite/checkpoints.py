@@ -17,12 +17,12 @@ def _checksum(tensors: dict[str, Tensor], notes: str) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
-        crc = zlib.crc32(t.flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(t.flatten().view(torch.uint8).numpy().data, crc)
     return str(crc)
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
-    """Write the tensors and the metadata (anything JSON can say) to one file, atomically.
+    """Write the tensors and the metadata (anything JSON can say) to one file, atomically; its folder is made.
 
     The file gets its name only when all of it is on the disk: a run that is killed leaves the old file or the new one.
 
@@ -36,6 +36,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, obje
     :doc:`/book/neural_sinkhorn_flow`
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     notes = json.dumps(metadata)
     content = safetensors.torch.save(tensors, {"json": notes, "crc32": _checksum(tensors, notes)})
@@ -56,6 +57,17 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, obje
         raise OSError(
             error.errno, f"could not write {len(content) / 1e6:.1f} MB ({error.strerror})", str(path)
         ) from error
+
+
+def sweep(path: str | Path) -> None:
+    """Delete the drafts that killed runs left beside the file; a pattern in its name stands for many.
+
+    Used in
+    -------
+    :doc:`/book/neural_sinkhorn_flow`
+    """
+    for draft in Path(path).parent.glob(f".{Path(path).name}.*.part"):
+        draft.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:

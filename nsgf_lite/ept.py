@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from nsgf_lite.inputs import read_counts, read_positive
 from nsgf_lite.models import Flow, NetworkFactory, call
 from nsgf_lite.networks import MLP, seeded
-from nsgf_lite.training import Training, train
+from nsgf_lite.training import Training, machine, train
 
 
 @dataclass
@@ -29,7 +29,7 @@ class EPT(Flow):
     steps : int
         Number of steps; the training's budget is shared out among them.
     particles : int
-        Number of particles that are moved along during training.
+        Number of particles that are moved along during training; a tensor of fewer points is gone through again.
     network : callable
         Makes the ratio network, ``network(d, classes)``, one output; None for :class:`nsgf_lite.networks.MLP`.
     longest : float
@@ -49,6 +49,8 @@ class EPT(Flow):
     -------
     :doc:`/book/two_dimensional_benchmark`
     """
+
+    alone: ClassVar[bool] = True
 
     step: float = 0.1
     steps: int = 100
@@ -85,16 +87,17 @@ class EPT(Flow):
         inner = training.steps // self.steps
         if inner == 0:
             raise ValueError(f"training must have at least {self.steps} steps, one a move, got {training.steps}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        accelerator = machine()
+        device = accelerator.device
         generator = torch.Generator(device).manual_seed(seed)
         network = self.prepare(source, target, training, generator)
         if self.classes:
             raise ValueError(f"target must have no classes: EPT here is unconditional, got {self.classes}")
-        crowd = Crowd(self.source.draw(self.particles, generator))
+        crowd = Crowd(self.source.many(self.particles, generator))
 
         def loss(net: nn.Module, step: int) -> Tensor:
             if step and step % inner == 0 and step // inner <= self.steps:
-                self._move(net, step // inner - 1, crowd)
+                self._move(network, step // inner - 1, crowd)
             row = torch.randint(self.particles, (training.batch,), generator=generator, device=device)
             q, p = crowd.x[row], self.target.draw(training.batch, generator)
             ratio = _ratio(net, torch.cat([q, p]))
@@ -111,6 +114,7 @@ class EPT(Flow):
             checkpoint=checkpoint,
             progress=progress,
             name="EPT",
+            accelerator=accelerator,
         )
         if training.steps == inner * self.steps:
             self.kept[-1].load_state_dict(network.state_dict())

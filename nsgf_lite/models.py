@@ -1,20 +1,20 @@
 """What every model of the book shares: fit on a source and a target, sample by an explicit solver, save and load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
 from nsgf_lite import checkpoints
 from nsgf_lite.inputs import read_clouds, read_counts
-from nsgf_lite.networks import MLP, Stack, seeded
-from nsgf_lite.particles import advance
-from nsgf_lite.streams import Stream
-from nsgf_lite.training import Part, Training, json_like, train
+from nsgf_lite.networks import MLP, call, seeded
+from nsgf_lite.particles import METHODS, advance
+from nsgf_lite.streams import Stream, described
+from nsgf_lite.together import fit_together
+from nsgf_lite.training import Part, Training, json_like
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
 NetworkFactory = Callable[[int, int], nn.Module]
@@ -33,6 +33,8 @@ class Flow:
     -------
     :doc:`/book/neural_sinkhorn_flow`
     """
+
+    alone: ClassVar[bool] = False  # whether the model cannot train in a stack with others
 
     velocity: nn.Module = field(init=False, repr=False)
     source: Stream = field(init=False, repr=False)
@@ -53,6 +55,10 @@ class Flow:
     def _parts(self) -> dict[str, Part]:
         """What a checkpoint must hold beside network, optimiser and generator."""
         return {"source": self.source, "target": self.target}
+
+    def _asks(self, step: int) -> bool:
+        """Whether the batch of this step asks the network for velocities."""
+        return False
 
     def _saved(self) -> None:
         """A checkpoint has been written."""
@@ -77,10 +83,14 @@ class Flow:
         self.classes = self.target.classes
         if self.source.classes not in (0, self.classes):
             raise ValueError(f"source has {self.source.classes} classes and target {self.classes}")
-        first = self.source.draw(training.batch, generator), self.target.draw(training.batch, generator)
-        self.dimension = first[1].shape[1]
-        if first[0].shape[1] != self.dimension:
-            raise ValueError(f"source has dimension {first[0].shape[1]} and target {self.dimension}")
+        kinds = range(max(1, self.classes))
+        share = -(-training.batch // len(kinds))
+        first = [s.draw(share, generator, c) for s in (self.source, self.target) for c in kinds]
+        self.dimension = first[-1].shape[1]
+        for k, points in enumerate(first):
+            if points.shape[1] != self.dimension:
+                name = "source" if k < len(kinds) else "target"
+                raise ValueError(f"{name} has dimension {points.shape[1]} and target {self.dimension}")
         return self._make(generator, torch.cat(first))
 
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
@@ -137,6 +147,8 @@ class Flow:
         generator: Generator | None = None,
     ) -> Tensor:
         """Positions (steps + 1, n, d) along the learned flow from the source; arguments as in :meth:`sample`."""
+        if solver not in METHODS:
+            raise ValueError(f"solver must be one of {', '.join(METHODS)}, got {solver!r}")
         x, labels = self._start(n, steps, start, label, generator)
         rows = [x]
         for k in range(steps):
@@ -176,6 +188,12 @@ class Flow:
         """
         return self.path(n, steps, solver, start=start, label=label, generator=generator)[-1]
 
+    def evaluations(self, steps: int, solver: str = "euler") -> int:
+        """Number of network evaluations that each sample costs; arguments as in :meth:`sample`."""
+        if solver not in METHODS:
+            raise ValueError(f"solver must be one of {', '.join(METHODS)}, got {solver!r}")
+        return steps * (len(METHODS[solver]) - 1)
+
     def _start(
         self, n: int, steps: int, start: Tensor | None, label: int | None, generator: Generator | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -183,8 +201,8 @@ class Flow:
         if not hasattr(self, "velocity"):
             raise ValueError("the model has not been fitted: call fit or load first")
         read_counts(n=n, steps=steps)
-        if label is not None and not 0 <= label < self.classes:
-            raise ValueError(f"label must be None or below the number of classes, {self.classes}, got {label}")
+        if label is not None and (type(label) is not int or not 0 <= label < self.classes):
+            raise ValueError(f"label must be None or an integer below the classes, {self.classes}, got {label!r}")
         device = next(self.velocity.parameters()).device
         generator = generator or torch.Generator(device).manual_seed(0)
         labels = None
@@ -219,6 +237,8 @@ class Flow:
 
     def save(self, path: str | Path) -> None:
         """Write networks and hyperparameters to one safetensors file, atomically; OSError if the disk is full."""
+        if not hasattr(self, "velocity"):
+            raise ValueError("the model has not been fitted: there is nothing to save")
         tensors = {f"{a}/{b}": t for a, network in self.networks().items() for b, t in network.state_dict().items()}
         notes = {"hyperparameters": self.hyperparameters(), "dimension": self.dimension, "classes": self.classes}
         checkpoints.write(path, tensors, {**notes, "losses": self.losses})
@@ -246,108 +266,6 @@ class Flow:
         return self
 
 
-def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """The network's value, with the labels only if there are some."""
-    return network(x, t) if labels is None else network(x, t, labels)
-
-
 def _plain(value: object) -> object:
     """A hyperparameter in JSON's terms."""
-    return value if isinstance(value, bool | int | float | str | type(None)) else repr(value)
-
-
-def fit_together(
-    models: Sequence[Flow],
-    sources: Sequence[Any],
-    targets: Sequence[Any],
-    training: Training | None = None,
-    *,
-    seeds: Sequence[int],
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
-) -> None:
-    """Fit equal models, each on its source and target with its seed, in one training of stacked networks.
-
-    Each ends with the weights that it would have had alone, up to rounding: gradients, clipping and Adam do not mix
-    members.
-
-    Raises
-    ------
-    ValueError
-        As :meth:`Flow.fit`; if the models are not of one shape.
-
-    Used in
-    -------
-    :doc:`/book/two_dimensional_benchmark`
-    """
-    training = training or Training()
-    accelerator = Accelerator()
-    rank = 1_000_003 * accelerator.process_index
-    chances = [torch.Generator(accelerator.device).manual_seed(seed + rank) for seed in seeds]
-    each = list(zip(models, chances, strict=True))
-    nets = [
-        model.prepare(source, target, training, chance)
-        for (model, chance), source, target in zip(each, sources, targets, strict=True)
-    ]
-    alone = len(nets) == 1
-    network = nets[0] if alone else Stack(nets)
-    spreads = [net.spread if isinstance(net, MLP) else torch.ones(()) for net in nets]
-    unit = torch.stack(spreads).to(accelerator.device)  # so that clipping does not depend on the unit of length
-
-    def loss(net: nn.Module, step: int) -> Tensor:
-        draws = [model._batch(training.batch, step, chance) for model, chance in each]
-        x, t, v = (torch.stack(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
-        labels = [draw[3] for draw in draws if draw[3] is not None]
-        label = torch.stack(labels) if labels else None
-        if alone:
-            x, t, v, label = draws[0]
-        return ((call(net, x, t, label) - v).square().sum(-1).mean(-1) / unit**2).sum()
-
-    def begin() -> None:
-        for model, chance in each:
-            model._begin(chance)
-
-    def saved() -> None:
-        for model in models:
-            model._saved()
-
-    parts: dict[str, Part] = {f"{k}.{name}": part for k, m in enumerate(models) for name, part in m._parts().items()}
-    parts |= {f"{k}.chance": Chance(chance) for k, chance in enumerate(chances[1:], 1)}
-    losses = train(
-        network,
-        loss,
-        training,
-        chances[0],
-        start=begin,
-        parts=parts,
-        identity={
-            "models": [m.hyperparameters() for m in models],
-            "data": [[repr(m.source), repr(m.target)] for m in models],
-            "seeds": list(seeds),
-            "network": str(nets[0]),
-        },
-        checkpoint=checkpoint,
-        saved=saved,
-        progress=progress,
-        name=type(models[0]).__name__,
-        accelerator=accelerator,
-    )
-    if isinstance(network, Stack):
-        network.unstack(nets)
-    for model in models:
-        model.losses = losses
-
-
-@dataclass
-class Chance:
-    """A generator as a part of a checkpoint."""
-
-    generator: Generator
-
-    def state(self) -> dict[str, Tensor]:
-        """The generator's state."""
-        return {"state": self.generator.get_state()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take it up."""
-        self.generator.set_state(state["state"])
+    return value if isinstance(value, bool | int | float | str | type(None)) else described(value)

@@ -49,7 +49,7 @@ class MLP(nn.Module):
     Raises
     ------
     ValueError
-        If a size is not a positive integer, or a label is missing, not wanted or out of range.
+        If a size is not a positive integer, or a label is missing or not wanted.
 
     Source
     ------
@@ -73,9 +73,8 @@ class MLP(nn.Module):
         classes: int = 0,
     ) -> None:
         super().__init__()
-        read_counts(dimension=dimension, width=width, depth=depth)
-        if out is not None:
-            read_counts(out=out)
+        read_counts(dimension=dimension, width=width, depth=depth, out=1 if out is None else out)
+        read_counts(**{"frequencies + 1": frequencies + 1, "classes + 1": classes + 1})
         self.dimension, self.out, self.frequencies, self.classes = dimension, out, frequencies, classes
         sizes = [dimension + 1 + 2 * frequencies + classes, *[width] * depth]
         layers: list[nn.Module] = []
@@ -101,6 +100,11 @@ class MLP(nn.Module):
             code.append((label.unsqueeze(-1) == torch.arange(self.classes, device=x.device)).to(x.dtype))
         value = self.layers(torch.cat(code, -1))
         return value * self.spread if self.out is None else value
+
+
+def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """The network's value, with the labels only if there are some."""
+    return network(x, t) if labels is None else network(x, t, labels)
 
 
 class Stack(nn.Module):

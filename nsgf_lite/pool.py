@@ -58,7 +58,8 @@ class Pool:
     capacity : int
         Number of minibatches kept.
     folder : path
-        Keep them on disk, a file for each minibatch, mapped into memory when read; None for in memory.
+        Keep them on disk, a file for each minibatch, mapped into memory when read; None for in memory. The pool owns
+        the folder: a new one deletes the minibatches that an older one left there.
     half : bool
         Store in half precision: half the size, three digits.
 
@@ -112,18 +113,19 @@ class Pool:
 
     def add(self, x: Tensor, v: Tensor, labels: Tensor | None = None) -> None:
         """Add b minibatches, x and v (steps, b, n, d) as :func:`trajectories` gives them, labels (b,)."""
-        if x.shape != v.shape or x.ndim != 4:
+        if x.shape != v.shape or x.ndim != 4 or not x.numel():
             raise ValueError(f"x and v must share a shape (steps, b, n, d), got {tuple(x.shape)} and {tuple(v.shape)}")
+        if labels is not None and labels.shape != x.shape[1:2]:
+            raise ValueError(f"labels must have shape ({x.shape[1]},), one a minibatch, got {tuple(labels.shape)}")
         shape = (x.shape[0], *x.shape[2:])
         if self._shape and shape != self._shape:
             raise ValueError(f"minibatches must have (steps, n, d) = {self._shape} as the pool's, got {shape}")
+        x, v = (part.to(torch.float16 if self.half else torch.float32) for part in (x, v))
+        if not all(bool(torch.isfinite(part).all()) for part in (x, v)):
+            raise ValueError("x and v must be finite" + (", also in half precision" if self.half else ""))
         self._shape = shape
-        kept = torch.float16 if self.half else torch.float32
         for k in range(x.shape[1]):
-            block = x[:, k].to(kept), v[:, k].to(kept)
-            if not all(bool(torch.isfinite(part).all()) for part in block):
-                raise ValueError("x and v must be finite" + (", also in half precision" if self.half else ""))
-            self._put(self.added % self.capacity, block)
+            self._put(self.added % self.capacity, (x[:, k], v[:, k]))
             self._label[self.added % self.capacity] = 0 if labels is None else int(labels[k])
             self.added += 1
 
@@ -133,10 +135,12 @@ class Pool:
                 self._x, self._v = (part.new_empty(self.capacity, *self._shape) for part in block)
             self._x[slot], self._v[slot] = block
             return
-        if self.added >= self.capacity:
-            self._retired.append(self._file(self.added - self.capacity))
+        if not self.added:  # a new run: what another left in the folder is not its own
+            self._clear(range(0))
         checkpoints.write(self._file(self.added), {"x": block[0], "v": block[1]}, {"minibatch": self.added})
         self._map(self.added)
+        if self.added >= self.capacity:
+            self._retired.append(self._file(self.added - self.capacity))
 
     def _file(self, number: int) -> Path:
         assert self.folder is not None
@@ -145,6 +149,15 @@ class Pool:
     def _map(self, number: int) -> None:
         tensors, _ = checkpoints.read(self._file(number))
         self._files[number % self.capacity] = tensors["x"], tensors["v"]
+
+    def _clear(self, kept: range) -> None:
+        """Delete the files of all minibatches but these, and drafts."""
+        assert self.folder is not None
+        checkpoints.sweep(self.folder / "minibatch-*")
+        names = set(map(self._file, kept))
+        for path in self.folder.glob("minibatch-*.safetensors"):
+            if path not in names:
+                path.unlink()
 
     def sweep(self) -> None:
         """Delete the files of minibatches that left the pool."""
@@ -184,15 +197,17 @@ class Pool:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take up :meth:`state`; files written after it are dropped."""
-        self.added, self._label, self._shape = int(state["added"]), state["label"], tuple(state["shape"].tolist())
+        if (self.folder is None) != ("x" in state):
+            there = "in memory" if "x" in state else "on disk"
+            raise ValueError(f"the checkpoint's pool is {there}, this one is not: see folder=")
+        self.added, self._label = int(state["added"]), state["label"]
+        self._shape = tuple(state["shape"].tolist()) if self.added else ()
         self._files, self._retired = {}, []
         if self.folder is None:
             self._x, self._v = state["x"], state["v"]
             return
         wanted = range(max(0, self.added - self.capacity), self.added)
-        for path in sorted(self.folder.glob("minibatch-*.safetensors")):
-            if int(path.stem.split("-")[1]) not in wanted:
-                path.unlink()
+        self._clear(wanted)
         for number in wanted:
             if not self._file(number).exists():
                 raise ValueError(f"{self._file(number)} is missing: the pool on disk is not the checkpoint's")

@@ -5,14 +5,15 @@ Each regresses v(x_t, t) on the velocity of a path between a source point x0 and
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_counts
 from nsgf_lite.models import Batch, Flow, NetworkFactory
-from nsgf_lite.training import Part
+from nsgf_lite.training import Part, Training
 
 
 class Table:
@@ -30,8 +31,9 @@ class Table:
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw n pairs with replacement."""
-        row = torch.randint(len(self.x0), (n,), generator=generator, device=generator.device)
-        return self.x0[row], self.x1[row], self.label[row]
+        row = torch.randint(len(self.x0), (n,), generator=generator, device=generator.device).to(self.x0.device)
+        x0, x1, label = (column[row].to(generator.device) for column in (self.x0, self.x1, self.label))
+        return x0, x1, label
 
     def state(self) -> dict[str, Tensor]:
         """All pairs."""
@@ -49,6 +51,11 @@ class Interpolant(Flow):
     network: NetworkFactory | None = None
     labels: int = 0
     table: Table = field(init=False, default_factory=Table, repr=False)
+
+    def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
+        """As :meth:`Flow.prepare`; and an empty table."""
+        self.table = Table()
+        return super().prepare(source, target, training, generator)
 
     def _pairs(self, n: int, label: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Draw n pairs of a source and a target point."""
@@ -85,6 +92,11 @@ class FlowMatching(Interpolant):
     smallest : float
         s, the standard deviation (in units of the source's) that the path keeps at t = 1.
 
+    Raises
+    ------
+    ValueError
+        If smallest is not in [0, 1).
+
     Source
     ------
     Lipman et al. (2023), equations 22 and 23.
@@ -95,6 +107,10 @@ class FlowMatching(Interpolant):
     """
 
     smallest: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.smallest, int | float) and 0 <= self.smallest < 1):
+            raise ValueError(f"smallest must be in [0, 1), got {self.smallest!r}")
 
     def _between(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         kept = 1 - self.smallest
@@ -134,8 +150,8 @@ class OTCFM(Interpolant):
     Raises
     ------
     ValueError
-        If minibatch is not a positive integer, matched is negative, or fresh pairs are to come from a minibatch that is
-        not the training's batch.
+        If minibatch is not a positive integer or matched is negative; when fitted, if fresh pairs are to come from a
+        minibatch that is not the training's batch, or fewer minibatches are matched than there are classes.
 
     Source
     ------
@@ -153,6 +169,18 @@ class OTCFM(Interpolant):
         read_counts(minibatch=self.minibatch)
         if not (isinstance(self.matched, int) and self.matched >= 0):
             raise ValueError(f"matched must be a non-negative integer, got {self.matched!r}")
+
+    def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
+        """As :meth:`Interpolant.prepare`."""
+        if not self.matched and self.minibatch != training.batch:
+            raise ValueError(
+                f"minibatch must be the training's batch, {training.batch}, if pairs are matched afresh in every step "
+                f"(matched = 0), got {self.minibatch}"
+            )
+        network = super().prepare(source, target, training, generator)
+        if 0 < self.matched < self.classes:
+            raise ValueError(f"matched must be at least the number of classes, {self.classes}, got {self.matched}")
+        return network
 
     def _begin(self, generator: Generator) -> None:
         for k in range(self.matched):
@@ -174,12 +202,13 @@ class RectifiedFlow(Interpolant):
     teacher : Flow
         A fitted model; None gives 1-RF, a 1-RF as teacher 2-RF, and so on.
     pairs, teacher_steps : int
-        Number of pairs drawn from the teacher, and of its Euler steps.
+        Number of pairs drawn from the teacher, and of its Euler steps; a tensor of fewer points is gone through again.
 
     Raises
     ------
     ValueError
-        If a number is not a positive integer; when fitted, if the teacher has not been fitted.
+        If a number is not a positive integer; when fitted, if the teacher has not been fitted, or there are fewer pairs
+        than classes.
 
     Source
     ------
@@ -207,6 +236,6 @@ class RectifiedFlow(Interpolant):
             return
         for label in range(max(1, self.classes)):
             n = self.pairs // max(1, self.classes)
-            x0 = self.source.draw(n, generator, label)
+            x0 = self.source.many(n, generator, label)
             x1 = self.teacher.sample(n, self.teacher_steps, start=x0, label=label if self.classes else None)
             self.table.add(x0, x1, label)

@@ -1,11 +1,12 @@
 """Minibatches without end, from whatever a reader calls data: a law to sample, a tensor, or a data loader."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from nsgf_lite.inputs import read_clouds, read_counts
 from nsgf_lite.toy import Law
@@ -15,12 +16,17 @@ Data = Law | Tensor | DataLoader | Sequence[Law | Tensor]
 
 def _by_class(name: str, points: Tensor, labels: Tensor) -> list[Tensor]:
     """Rows of each class 0, 1, …; ValueError unless every class up to the largest has some."""
-    if labels.shape != points.shape[:1] or labels.dtype.is_floating_point or int(labels.min()) < 0:
+    if labels.shape != points.shape[:1] or not len(labels) or int(labels.min()) < 0:
         raise ValueError(
             f"{name} with labels must be (points, labels), labels non-negative integers of shape "
             f"({len(points)},), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     return [points[labels == c] for c in range(int(labels.max()) + 1)]
+
+
+def described(value: object) -> str:
+    """What a checkpoint remembers of a value: its repr, without the address that differs from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 class Stream:
@@ -34,14 +40,15 @@ class Stream:
         A law has ``sample(n, generator)``. A tensor (n, …) is flattened to (n, d) and drawn from without replacement
         within a minibatch. A pair (points, labels) or a sequence, one law or tensor for each class, makes the stream
         conditional. A data loader is read on and on; one that yields pairs (points, labels) needs `classes`.
+        If it shuffles, it (and its sampler, if you made one) needs a generator of its own.
     classes : int
         Number of classes that a data loader's labels name; 0 for none.
 
     Raises
     ------
     ValueError
-        If the data are none of these, a class is empty, a tensor has fewer points than a minibatch, points are not
-        finite, or a data loader shuffles without a generator of its own (it would draw from the global one).
+        If the data are none of these, a class is empty, labels are out of range, a tensor has fewer points than a
+        minibatch, points are not finite, or a data loader shuffles by the global generator.
 
     Used in
     -------
@@ -50,11 +57,16 @@ class Stream:
 
     def __init__(self, name: str, data: Any, classes: int = 0) -> None:
         self.name, self.loader, self.parts = name, None, []
+        if isinstance(classes, bool) or not (isinstance(classes, int) and classes >= 0):
+            raise ValueError(f"the number of classes (labels=) must be a non-negative integer, got {classes!r}")
         self._rows: Iterator[Any] | None = None
         self._epoch, self._taken = torch.empty(0, dtype=torch.uint8), 0
         if isinstance(data, DataLoader):
-            if data.generator is None and not isinstance(data.sampler, torch.utils.data.SequentialSampler):
-                raise ValueError(f"{name} shuffles: give the DataLoader a generator= of its own")
+            sampler = getattr(data.batch_sampler, "sampler", data.sampler)
+            in_order = isinstance(sampler, SequentialSampler) or isinstance(data.dataset, IterableDataset)
+            chance = getattr(sampler, "generator", data.generator)
+            if not in_order and (chance is None or chance is not data.generator):
+                raise ValueError(f"{name} shuffles: give the DataLoader, and its sampler, one generator= of their own")
             self.loader, self.classes = data, classes
             self._left: list[Tensor] = [torch.empty(0, 0)] * max(1, classes)
             return
@@ -62,10 +74,10 @@ class Stream:
         if pair and isinstance(data[0], Tensor) and data[1].ndim == 1 and not data[1].dtype.is_floating_point:
             data = _by_class(name, *data)
         self.classes = len(data) if isinstance(data, list | tuple) else 0
-        for part in data if self.classes else [data]:
+        for c, part in enumerate(data if self.classes else [data]):
             if isinstance(part, Tensor):
                 part = part.detach().flatten(1).float() if part.ndim > 1 else part
-                read_clouds(**{name: part})
+                read_clouds(**{f"{name} of class {c}" if self.classes else name: part})
             elif not hasattr(part, "sample"):
                 raise ValueError(
                     f"{name} must be a law with sample(n, generator), a tensor, a DataLoader, or one of these for "
@@ -76,9 +88,12 @@ class Stream:
     def __repr__(self) -> str:
         """What a checkpoint remembers of the data: laws by their parameters, tensors by shape and mean."""
         shown = [
-            f"tensor{tuple(p.shape)} of mean {p.mean():.6g}" if isinstance(p, Tensor) else repr(p) for p in self.parts
+            f"tensor{tuple(p.shape)} of mean {p.mean():.6g}" if isinstance(p, Tensor) else described(p)
+            for p in self.parts
         ]
-        return f"loader of {len(self.loader.dataset)}" if self.loader else "; ".join(shown)  # type: ignore[arg-type]
+        data = getattr(self.loader, "dataset", ())
+        size = str(len(data)) if hasattr(data, "__len__") else type(data).__name__
+        return "; ".join(shown) if self.loader is None else f"loader of {size}"
 
     def draw(self, n: int, generator: Generator, label: int = 0) -> Tensor:
         """Minibatch (n, d) of the class, on the generator's device; a stream of one class ignores the label."""
@@ -100,21 +115,35 @@ class Stream:
         read_clouds(**{self.name: points})
         return points
 
+    def many(self, n: int, generator: Generator, label: int = 0) -> Tensor:
+        """As :meth:`draw`, but from a tensor of fewer than n points in as many passes as it takes."""
+        read_counts(n=n)
+        part = self.parts[label if self.classes else 0] if self.parts else None
+        most = len(part) if isinstance(part, Tensor) else n
+        return torch.cat([self.draw(min(most, n - k), generator, label) for k in range(0, n, most)])
+
     def _read_on(self, n: int, label: int) -> Tensor:
         """The next n rows of the class from the loader; rows of other classes wait, at most 16 minibatches of each."""
-        epochs = 0
+        before = -1  # rows held when the present pass began, if it began in this call
         while len(self._left[label]) < n:
-            batch = next(self._rows or self._open(), None)
+            batch = None if self._rows is None else next(self._rows, None)
             if batch is None:
-                self._rows, epochs = None, epochs + 1
-                if epochs > n:
+                if len(self._left[label]) == before:
                     raise ValueError(f"{self.name} has no points of class {label} in a whole pass")
+                before = len(self._left[label])
+                self._open()
                 continue
             self._taken += 1
             points, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-            points = (points[0] if isinstance(points, list | tuple) else points).flatten(1).float()
-            if self.classes and labels is None:
-                raise ValueError(f"{self.name} must yield pairs (points, labels), classes = {self.classes}")
+            points = points[0] if isinstance(points, list | tuple) else points
+            if not isinstance(points, Tensor) or points.ndim < 2:
+                got = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
+                raise ValueError(f"{self.name} must yield points of shape (n, …), alone or first in a tuple, got {got}")
+            points = points.flatten(1).float()
+            if self.classes and not self._are_labels(labels, len(points)):
+                raise ValueError(
+                    f"{self.name} must yield pairs (points, labels), labels (n,) integers below {self.classes}"
+                )
             for c in range(len(self._left)):
                 rows = points[labels == c] if self.classes else points
                 kept = torch.cat([self._left[c], rows]) if self._left[c].numel() else rows
@@ -122,12 +151,19 @@ class Stream:
         taken, self._left[label] = self._left[label][:n], self._left[label][n:]
         return taken
 
+    def _are_labels(self, labels: Any, n: int) -> bool:
+        """Whether these are n labels of this stream's classes."""
+        if not isinstance(labels, Tensor) or labels.shape != (n,) or labels.dtype.is_floating_point:
+            return False
+        return bool(((labels >= 0) & (labels < self.classes)).all())
+
     def _open(self) -> Iterator[Any]:
         """Begin an epoch, and remember the loader's generator so that a resumed run can begin the same one."""
         assert self.loader is not None
         if self.loader.generator is not None:
             self._epoch = self.loader.generator.get_state()
-        self._rows, self._taken = iter(self.loader), 0
+        with torch.random.fork_rng(devices=[]):  # a loader without a generator seeds its workers by the global one
+            self._rows, self._taken = iter(self.loader), 0
         return self._rows
 
     def state(self) -> dict[str, Tensor]:
@@ -135,6 +171,8 @@ class Stream:
         if self.loader is None:
             return {}
         left = {f"left.{c}": rows.clone() for c, rows in enumerate(self._left)}
+        if self.loader.generator is not None:  # which another loader may share
+            left["now"] = self.loader.generator.get_state()
         return left | {"epoch": self._epoch, "taken": torch.tensor(self._taken if self._rows is not None else -1)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -149,3 +187,5 @@ class Stream:
             for _ in zip(range(taken), self._open(), strict=False):
                 pass
             self._taken = taken
+        if self.loader.generator is not None:
+            self.loader.generator.set_state(state["now"])

@@ -1,5 +1,6 @@
 """One training loop for every model: warm-up, decay, clipping, averaged weights, checkpoints that resume to the bit."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -88,6 +89,26 @@ class Part(Protocol):
         ...
 
 
+@dataclass
+class Chance:
+    """A generator as a part of a checkpoint."""
+
+    generator: Generator
+
+    def state(self) -> dict[str, Tensor]:
+        """The generator's state."""
+        return {"state": self.generator.get_state()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take it up."""
+        self.generator.set_state(state["state"])
+
+
+def machine() -> Accelerator:
+    """CUDA if there is some, else the CPU: Apple's MPS lacks the float64 that the solver needs."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
 def _nested(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
 
@@ -137,12 +158,13 @@ def train(
     progress : bool
         Show a progress bar with the loss.
     accelerator : Accelerator
-        Device and processes; by default what Accelerate finds.
+        Device and processes; by default what Accelerate finds, CUDA or the CPU.
 
     Raises
     ------
     ValueError
-        If the checkpoint is damaged, or was made under other hyperparameters or for another network.
+        If the checkpoint is damaged, or was made under other hyperparameters or for another network, or the processes'
+        checkpoints are not of the same step.
     FloatingPointError
         If the loss is NaN or infinite; the message says at which step.
 
@@ -150,7 +172,7 @@ def train(
     -------
     :doc:`/book/neural_sinkhorn_flow`
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or machine()
     rank = accelerator.process_index
     file = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if rank else checkpoint)
     identity = {**(identity or {}), "training": asdict(training), "processes": accelerator.num_processes}
@@ -173,6 +195,9 @@ def train(
         tensors["losses"] = torch.tensor(losses + recent, dtype=torch.float64)
         return tensors, {"identity": identity, "step": done, "means": len(losses)}
 
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.sweep(file)
     if file is not None and file.exists():
         tensors, notes = checkpoints.read(file)
         if notes.get("identity") != json_like(identity):
@@ -196,8 +221,10 @@ def train(
         done, losses, recent = int(notes["step"]), everything[:means], everything[means:]
     else:
         start()
+    at = accelerator.gather(torch.tensor([done], device=accelerator.device)).tolist()
+    if len(set(at)) > 1:
+        raise ValueError(f"the processes' checkpoints {checkpoint}, {checkpoint}.1, … are of different steps, {at}")
 
-    members = list(zip(*network.parameters(), strict=True)) if isinstance(network, Stack) else None
     bar = tqdm(total=training.steps, initial=done, desc=name, disable=not (progress and accelerator.is_main_process))
     with bar:
         for step in range(done, training.steps):
@@ -212,10 +239,10 @@ def train(
                 )
             optimizer.zero_grad()
             accelerator.backward(value)
-            if members is None:
-                accelerator.clip_grad_norm_(network.parameters(), training.clip)
-            else:
+            if isinstance(network, Stack):
                 _clip_members(network, training.clip)
+            else:
+                accelerator.clip_grad_norm_(network.parameters(), training.clip)
             fast.step()
             ema.update_parameters(network)
             done = step + 1
@@ -244,13 +271,18 @@ def _clip_members(network: nn.Module, largest: float) -> None:
 
 def json_like(value: object) -> object:
     """The value as JSON gives it back: tuples become lists."""
-    import json
-
     return json.loads(json.dumps(value))
 
 
-def _differences(was: object, now: dict[str, object]) -> str:
-    before, after = was if isinstance(was, dict) else {}, json_like(now)
-    assert isinstance(after, dict)
-    names = [key for key in before | after if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in names)
+def _differences(was: object, now: object) -> str:
+    before, after = _leaves(was), _leaves(json_like(now))
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in names)
+
+
+def _leaves(value: object, name: str = "") -> dict[str, object]:
+    """Numbers and texts within dicts and lists, each with its path, such as ``models.0.eps``."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        return {name: value}
+    return {key: leaf for k, v in pairs for key, leaf in _leaves(v, f"{name}.{k}".lstrip(".")).items()}

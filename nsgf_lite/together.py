@@ -1,0 +1,105 @@
+"""Fit equal models side by side: one training of their networks, stacked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nsgf_lite.networks import MLP, Stack, call
+from nsgf_lite.training import Chance, Part, Training, machine, train
+
+if TYPE_CHECKING:
+    from nsgf_lite.models import Flow
+
+
+def fit_together(
+    models: "Sequence[Flow]",
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+    training: Training | None = None,
+    *,
+    seeds: Sequence[int],
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Fit equal models, each on its source and target with its seed, in one training of stacked networks.
+
+    Each ends with the weights that it would have had alone, up to rounding: gradients, clipping and Adam do not mix
+    members. Their ``losses`` are the sum over all.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`Flow.fit`; if the models are not of one shape, of a kind that trains alone, or share a
+        folder.
+
+    Used in
+    -------
+    :doc:`/book/two_dimensional_benchmark`
+    """
+    training = training or Training()
+    for model in models:
+        if model.alone:
+            raise ValueError(f"{type(model).__name__} cannot be fitted together with others: call its fit")
+    folders = [str(folder) for folder in (getattr(model, "folder", None) for model in models) if folder is not None]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"each model needs a folder of its own, got {folders}")
+    accelerator = machine()
+    rank = 1_000_003 * accelerator.process_index
+    chances = [torch.Generator(accelerator.device).manual_seed(seed + rank) for seed in seeds]
+    each = list(zip(models, chances, strict=True))
+    nets = [
+        model.prepare(source, target, training, chance)
+        for (model, chance), source, target in zip(each, sources, targets, strict=True)
+    ]
+    alone = len(nets) == 1
+    network = nets[0] if alone else Stack(nets)
+    spreads = [net.spread if isinstance(net, MLP) else torch.ones(()) for net in nets]
+    unit = torch.stack(spreads).to(accelerator.device)  # so that clipping does not depend on the unit of length
+
+    def loss(net: nn.Module, step: int) -> Tensor:
+        if isinstance(network, Stack) and any(model._asks(step) for model in models):
+            network.unstack(nets)
+        draws = [model._batch(training.batch, step, chance) for model, chance in each]
+        x, t, v = (torch.stack(column) for column in zip(*(draw[:3] for draw in draws), strict=True))
+        labels = [draw[3] for draw in draws if draw[3] is not None]
+        label = torch.stack(labels) if labels else None
+        if alone:
+            x, t, v, label = draws[0]
+        return ((call(net, x, t, label) - v).square().sum(-1).mean(-1) / unit**2).sum()
+
+    def begin() -> None:
+        for model, chance in each:
+            model._begin(chance)
+
+    def saved() -> None:
+        for model in models:
+            model._saved()
+
+    parts: dict[str, Part] = {f"{k}.{name}": part for k, m in enumerate(models) for name, part in m._parts().items()}
+    parts |= {f"{k}.chance": Chance(chance) for k, chance in enumerate(chances[1:], 1)}
+    losses = train(
+        network,
+        loss,
+        training,
+        chances[0],
+        start=begin,
+        parts=parts,
+        identity={
+            "models": [m.hyperparameters() for m in models],
+            "data": [[repr(m.source), repr(m.target)] for m in models],
+            "seeds": list(seeds),
+            "network": str(nets[0]),
+        },
+        checkpoint=checkpoint,
+        saved=saved,
+        progress=progress,
+        name=type(models[0]).__name__,
+        accelerator=accelerator,
+    )
+    if isinstance(network, Stack):
+        network.unstack(nets)
+    for model in models:
+        model.losses = losses
