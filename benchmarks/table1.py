@@ -70,7 +70,7 @@ class Method:
 
 
 def _nsgf(value: float, steps: int, teacher: nl.Flow | None) -> nl.Flow:
-    step, minibatches = (0.4, 20) if steps == 10 else (0.05, 10)
+    step, minibatches = (0.4, 16) if steps == 10 else (0.05, 6)
     return nl.NSGF(eps=value, step=step, steps=steps, minibatch=2048, pool=minibatches, together=1)
 
 
@@ -78,7 +78,7 @@ METHODS = {
     "NSGF": Method(_nsgf, "eps", (0.1, 0.02), per_steps=True),
     "EPT": Method(lambda value, steps, _: nl.EPT(step=value * 10 / steps, steps=steps), "10 x step", (0.2, 0.5), True),
     "OT-CFM": Method(
-        lambda value, *_: nl.OTCFM(minibatch=value or 256, matched=20 if value else 0),
+        lambda value, *_: nl.OTCFM(minibatch=value or 256, matched=16 if value else 0),
         "matched at once (0: the batch, afresh)",
         (0, 2048),
     ),
