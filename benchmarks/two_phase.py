@@ -6,8 +6,8 @@ Same for all: data, network (three hidden layers of 64), batch, optimiser, 2,000
 the same draws of 1024 starting points and 1024 test points, against which W_2 is exact. One training seed: the
 intervals are over draws, and say nothing about another training. NSGF++ trains three networks, the others one.
 
-The two last rows change one thing each in the fitted NSGF++: all particles get the mean predicted time; the second phase
-is OT-CFM, from the time 1 - (1-h)^K that the flow of the mean dictates, without a predictor.
+The two last rows change one thing each in the fitted NSGF++: all particles get the mean predicted time; the second
+phase is OT-CFM, from the time 1 - (1-h)^K that the flow of the mean dictates, without a predictor.
 """
 
 import copy
@@ -18,7 +18,6 @@ import time
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-import torch
 from torch import Generator, Tensor, nn
 
 import nsgf_lite as nl

@@ -29,9 +29,10 @@ def _laws(m: Vector, S: Matrix, target_mean: Vector, target_covariance: Matrix) 
 
 
 def _moment(t: float) -> float:
-    if isinstance(t, bool) or not (isinstance(t, int | float) and 0 <= t <= 1):
+    """Read a time; what a solver's additions leave beyond an end is taken for the end."""
+    if isinstance(t, bool) or not (isinstance(t, int | float) and -1e-9 <= t <= 1 + 1e-9):
         raise ValueError(f"t must be a number from 0 to 1, got {t!r}")
-    return float(t)
+    return min(max(float(t), 0.0), 1.0)
 
 
 def _at(t: float, start: Law, end: Law) -> Law:
@@ -96,7 +97,7 @@ def segment_velocity(
     """
     t, (start, end) = _moment(t), _laws(m, S, target_mean, target_covariance)
     mean, covariance = _at(t, start, end)
-    slope = torch.linalg.solve(covariance, t * end[1] - (1 - t) * start[1])  # transposed
+    slope = torch.linalg.solve(covariance, t * end[1] - (1 - t) * start[1])  # of x - mean written as a row
     drift = end[0] - start[0]
     return lambda x: drift.to(x) + (x - mean.to(x)) @ slope.to(x)
 
@@ -124,14 +125,17 @@ def segment_time(
     if x.ndim != 2 or x.shape[1] != len(start[0]):
         raise ValueError(f"x must have shape (k, {len(start[0])}), got {tuple(x.shape)}")
     node, weight = np.polynomial.legendre.leggauss(nodes)
-    times = torch.from_numpy((node + 1) / 2)
-    logs = []
-    for t, w in zip(times.tolist(), weight.tolist(), strict=True):
-        mean, covariance = _at(t, start, end)
-        factor = torch.linalg.cholesky(covariance)
-        z = torch.linalg.solve_triangular(factor, (x.detach().cpu().double() - mean).T, upper=False)
-        logs.append(math.log(w) - z.square().sum(0) / 2 - factor.diagonal().log().sum())
-    chance = torch.softmax(torch.stack(logs, 1), 1)
+    times, t = torch.from_numpy((node + 1) / 2), torch.from_numpy((node + 1) / 2)[:, None]
+    # In coordinates where S is the identity and S* diagonal, C_t is diagonal: w, shape (nodes, d).
+    factor = torch.linalg.cholesky(start[1])
+    inner = torch.linalg.solve_triangular(factor, end[1], upper=False)
+    spectrum, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, inner.T, upper=False))
+    to = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False).T @ vectors
+    y, drift = (x.detach().cpu().double() - start[0]) @ to, (end[0] - start[0]) @ to
+    w = (1 - t) ** 2 + t**2 * spectrum
+    squares = y.square() @ (1 / w).T - 2 * y @ (t * drift / w).T + ((t * drift).square() / w).sum(1)
+    logs = torch.from_numpy(np.log(weight)) - squares / 2 - w.log().sum(1) / 2
+    chance = torch.softmax(logs, 1)
     guess = chance @ times
     return guess, (chance * (times - guess[:, None]).square()).sum(1)
 
