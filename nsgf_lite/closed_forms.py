@@ -174,12 +174,7 @@ def gaussian_velocity(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) ->
 
 
 def gaussian_flow(
-    m: Vector,
-    S: Matrix,
-    target_mean: Vector,
-    target_covariance: Matrix,
-    eps: float,
-    times: Tensor | Sequence[float],
+    m: Vector, S: Matrix, target_mean: Vector, target_covariance: Matrix, eps: float, times: Tensor | Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Means (k, d) and covariances (k, d, d) of the Sinkhorn flow from N(m, S) to a Gaussian, at k times.
 
@@ -216,9 +211,7 @@ def gaussian_flow(
     )
     d = len(start)
     if start.shape != target.shape:
-        raise ValueError(
-            f"S and target_covariance must have one size, got {tuple(start.shape)} and {tuple(target.shape)}"
-        )
+        raise ValueError(f"S and target_covariance must have one size, got {len(start)} and {len(target)}")
     m, goal = (_mean(name, given, d).detach().cpu() for name, given in (("m", m), ("target_mean", target_mean)))
     clock, eps = _times(times), _temperature(eps)
 

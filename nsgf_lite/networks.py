@@ -18,12 +18,7 @@ def seeded(make: Callable[[], Module], generator: Generator) -> Module:
 
     Used in
     -------
-    :doc:`/book/neural_sinkhorn_flow`
-    """
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
+    :meth:`nsgf_lite.Flow.fit`
 
 
 class MLP(nn.Module):
@@ -120,8 +115,7 @@ class Stack(nn.Module):
 
     Used in
     -------
-    :doc:`/book/two_dimensional_benchmark`
-    """
+    :func:`nsgf_lite.fit_together`
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()

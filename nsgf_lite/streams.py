@@ -52,8 +52,7 @@ class Stream:
 
     Used in
     -------
-    :doc:`/book/neural_sinkhorn_flow`
-    """
+    :meth:`nsgf_lite.Flow.fit`
 
     def __init__(self, name: str, data: Any, classes: int = 0) -> None:
         self.name, self.loader, self.parts = name, None, []
