@@ -34,6 +34,29 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, obje
     Used in
     -------
     :func:`nsgf_lite.training.train`, :class:`nsgf_lite.Pool`
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    notes = json.dumps(metadata)
+    content = safetensors.torch.save(tensors, {"json": notes, "crc32": _checksum(tensors, notes)})
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"could not write {len(content) / 1e6:.1f} MB ({error.strerror})", str(path)
+        ) from error
 
 
 def sweep(path: str | Path) -> None:
@@ -42,6 +65,9 @@ def sweep(path: str | Path) -> None:
     Used in
     -------
     :func:`nsgf_lite.training.train`, :class:`nsgf_lite.Pool`
+    """
+    for draft in Path(path).parent.glob(f".{Path(path).name}.*.part"):
+        draft.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -57,3 +83,17 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     Used in
     -------
     :func:`nsgf_lite.training.train`, :class:`nsgf_lite.Pool`
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if not {"json", "crc32"} <= notes.keys():
+        raise ValueError(f"{path} was not written by nsgf_lite: its metadata lack json and crc32")
+    if notes["crc32"] != _checksum(tensors, notes["json"]):
+        raise ValueError(f"{path} is damaged: its content does not have the checksum it was written with")
+    return tensors, json.loads(notes["json"])

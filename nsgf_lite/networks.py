@@ -19,6 +19,11 @@ def seeded(make: Callable[[], Module], generator: Generator) -> Module:
     Used in
     -------
     :meth:`nsgf_lite.Flow.fit`
+    """
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
 
 
 class MLP(nn.Module):
@@ -116,6 +121,7 @@ class Stack(nn.Module):
     Used in
     -------
     :func:`nsgf_lite.fit_together`
+    """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ class Stream:
     Used in
     -------
     :meth:`nsgf_lite.Flow.fit`
+    """
 
     def __init__(self, name: str, data: Any, classes: int = 0) -> None:
         self.name, self.loader, self.parts = name, None, []

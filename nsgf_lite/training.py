@@ -171,6 +171,19 @@ def train(
     Used in
     -------
     :func:`nsgf_lite.fit_together`
+    """
+    accelerator = accelerator or machine()
+    rank = accelerator.process_index
+    file = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if rank else checkpoint)
+    identity = {**(identity or {}), "training": asdict(training), "processes": accelerator.num_processes}
+    parts = parts or {}
+    network.to(accelerator.device)
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(training.ema))
+    optimizer = torch.optim.Adam(network.parameters(), lr=training.rate, fused=True)
+    wrapped, fast = accelerator.prepare(network, optimizer)
+    losses: list[float] = []
+    recent: list[float] = []
+    done = 0
 
     def state() -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = _nested("network", network.state_dict()) | _nested("ema", ema.state_dict())
