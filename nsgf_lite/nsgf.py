@@ -58,7 +58,7 @@ class NSGF(Flow):
     Raises
     ------
     ValueError
-        If a number is not positive, or step is not below 2, where explicit steps diverge.
+        If a number is not positive, step is not below 2 (explicit steps diverge), or the pool cannot hold every class.
 
     Source
     ------
@@ -100,7 +100,10 @@ class NSGF(Flow):
         """As :meth:`Flow.prepare`; and an empty pool."""
         rank = machine().process_index
         self.trajectories = Pool(self.pool, f"{self.folder}.{rank}" if self.folder and rank else self.folder, self.half)
-        return super().prepare(source, target, training, generator)
+        network = super().prepare(source, target, training, generator)
+        if self.pool < self.classes:
+            raise ValueError(f"pool must hold a minibatch of each class, {self.classes}, got {self.pool}")
+        return network
 
     def _parts(self) -> dict[str, Part]:
         return super()._parts() | {"pool": self.trajectories}

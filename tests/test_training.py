@@ -1,8 +1,10 @@
 """Networks and the training loop: the recursions by hand, and what a kill leaves intact."""
 
 import math
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,6 +251,71 @@ def test_a_killed_process_is_taken_up_to_the_bit(kind, tmp_path):
     same(resumed, outcome(*killable(kind, tmp_path / "whole"), training=LONG))
     if kind == "disk":
         assert len(list((tmp_path / "pool").iterdir())) == FEW["pool"]
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os
+import torch
+torch.set_num_threads(1)
+import nsgf_lite as nl
+from nsgf_lite.training import machine
+narrow = lambda d, c: nl.networks.MLP(d, width=16, depth=2, classes=c)
+ratio = lambda d, c: nl.networks.MLP(d, out=1, width=16, depth=2)
+laws = nl.toy.Gaussian(), nl.toy.Gaussian((4.0, 0.0))
+budget = nl.Training(steps=10, batch=32, ema=0.9, every=5)
+for time in range(2):  # the second takes up what the first has done
+    few = {"eps": 0.5, "minibatch": 16, "pool": 4, "steps": 3, "step": 0.6, "renew": 4, "on_policy": True}
+    model = nl.NSGF(network=narrow, folder="pool", **few)
+    model.fit(*laws, budget, checkpoint="run", progress=False)
+    model.save(f"model{time}{machine().process_index}")
+nl.EPT(steps=4, particles=50, network=ratio).fit(*laws, budget, progress=False)
+if machine().is_main_process:
+    os.remove("run.1")
+machine().wait_for_everyone()
+try:
+    model.fit(*laws, budget, checkpoint="run", progress=False)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_two_processes_train_one_network(tmp_path):
+    """As torchrun and Accelerate start them: weights are equal, minibatches are not, and each has files of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    each = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for rank in "01"]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, **variables, "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for variables in each
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert all("the processes' checkpoints run, run.1, … are of different steps, [10, 0]" in text for text in said), (
+        said
+    )
+    models = []
+    for name in ("model00", "model01", "model10", "model11"):
+        model = small(nl.NSGF, eps=0.5, minibatch=16, pool=4, steps=3, step=0.6, renew=4, on_policy=True)
+        models.append(model.load(tmp_path / name).velocity.state_dict())
+    for model in models[1:]:
+        same(model, models[0])
+    pools = [sorted((tmp_path / name).iterdir()) for name in ("pool", "pool.1")]
+    assert len(pools[0]) == len(pools[1]) == 4
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(*pools, strict=True))
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
