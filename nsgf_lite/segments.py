@@ -19,13 +19,17 @@ Law = tuple[Tensor, Tensor]
 
 def _laws(m: Vector, S: Matrix, target_mean: Vector, target_covariance: Matrix) -> tuple[Law, Law]:
     """Read two Gaussians of one dimension."""
-    first, second = _covariance("S", S), _covariance("target_covariance", target_covariance)
+    return _pair(("m", m, "S", S), ("target_mean", target_mean, "target_covariance", target_covariance))
+
+
+def _pair(one: tuple[str, Vector, str, Matrix], other: tuple[str, Vector, str, Matrix]) -> tuple[Law, Law]:
+    first, second = (_covariance(name, matrix) for _, _, name, matrix in (one, other))
     if first.shape != second.shape:
         raise ValueError(
-            f"S and target_covariance must have one size, got {tuple(first.shape)} and {tuple(second.shape)}"
+            f"{one[2]} and {other[2]} must have one size, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
     d = len(first)
-    return (_mean("m", m, d), first), (_mean("target_mean", target_mean, d), second)
+    return (_mean(one[0], one[1], d), first), (_mean(other[0], other[1], d), second)
 
 
 def _moment(t: float) -> float:
@@ -58,7 +62,7 @@ def gaussian_w2(a: Vector, A: Matrix, b: Vector, B: Matrix) -> Tensor:
     -------
     :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`
     """
-    (a, A), (b, B) = _laws(a, A, b, B)
+    (a, A), (b, B) = _pair(("a", a, "A", A), ("b", b, "B", B))
     root = _root(A)
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
     return ((a - b).square().sum() + A.trace() + B.trace() - 2 * cross).clamp_min(0).sqrt()

@@ -87,6 +87,14 @@ MUTATIONS = [
     Mutation("particles forget their weights on the way", "particles", 'given = {"a": a, "b": b, "generator": generator}', 'given = {"a": None, "b": b, "generator": generator}'),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
     Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
+    # straight segments and the two phases
+    Mutation("segments' covariance interpolated linearly", "segments", "(1 - t) ** 2 * S + t**2 * B", "(1 - t) * S + t * B"),
+    Mutation("straight velocity, source with the wrong sign", "segments", "t * end[1] - (1 - t) * start[1]", "t * end[1] + (1 - t) * start[1]"),
+    Mutation("density of the time without its determinant", "segments", " - w.log().sum(1) / 2", ""),
+    Mutation("stretching without its one half", "segments", "math.exp(radius**2 / 2 * (", "math.exp(radius**2 * ("),
+    Mutation("W_2 of Gaussians with half the cross term", "segments", "B.trace() - 2 * cross", "B.trace() - cross"),
+    Mutation("segments run backwards", "straight", "return (1 - t) * x0 + t * x1, x1 - x0", "return t * x0 + (1 - t) * x1, x1 - x0"),
+    Mutation("second phase always of length one", "nsgf", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
 ]  # fmt: skip
 
 
