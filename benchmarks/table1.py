@@ -12,7 +12,7 @@ number of optimiser steps, tuning (two rates times two values of a knob of the m
 steps, judged with 10 steps on draws that the table never uses), and, in the table, the same 20 draws of 1024 starting
 points and 1024 test points, against which W_2 is exact. Deviations: NSGF and EPT are trained once for each number of
 steps; NSGF's Sinkhorn problems see 2048 points at once, and OT-CFM may match as many (it is one value of its knob);
-EPT keeps one network for each step and neither averages weights nor lets the rate decay; 2-RF and 3-RF take 1-RF's
+EPT keeps one network for each step, averages no weights and lets the rate decay once for each step; 2-RF and 3-RF take 1-RF's
 tuning. A method is one entry of METHODS.
 """
 

@@ -82,8 +82,8 @@ class EPT(Flow):
         progress: bool = True,
     ) -> Self:
         """Train on a source and a target; as :meth:`Flow.fit`."""
-        # The ratio must follow the particles to the end: no average over old weights, no rate that dies away.
-        training = replace(training or Training(), ema=0.0, decay=False)
+        # The ratio changes with every move: no average over old weights, and a rate that starts anew for each.
+        training = replace(training or Training(), ema=0.0, warmup=0, decay=self.steps)
         inner = training.steps // self.steps
         if inner == 0:
             raise ValueError(f"training must have at least {self.steps} steps, one a move, got {training.steps}")

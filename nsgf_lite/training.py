@@ -28,8 +28,8 @@ class Training:
         Number of optimiser steps, and of points in each.
     rate : float
         Adam's largest learning rate: reached linearly in `warmup` steps.
-    decay : bool
-        Follow it by a half cosine down to zero.
+    decay : int
+        Number of half cosines down to zero that follow, each from the full rate; 0 to keep the rate.
     warmup : int
         Number of steps of the rise; 0 for none.
     clip : float
@@ -56,7 +56,7 @@ class Training:
     steps: int = 10_000
     batch: int = 256
     rate: float = 1e-3
-    decay: bool = True
+    decay: int = 1
     warmup: int = 200
     clip: float = 1.0
     ema: float = 0.999
@@ -74,7 +74,8 @@ class Training:
             return self.rate * (step + 1) / self.warmup
         if not self.decay:
             return self.rate
-        return self.rate * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))) / 2
+        length = max(1, (self.steps - self.warmup) // self.decay)
+        return self.rate * (1 + math.cos(math.pi * ((step - self.warmup) % length) / length)) / 2
 
 
 class Part(Protocol):

@@ -66,9 +66,9 @@ def test_rates():
     budget = nl.Training(steps=50, rate=0.1, warmup=10)
     assert [budget.rate_at(k) for k in (0, 4, 9, 10, 30)] == pytest.approx([0.01, 0.05, 0.1, 0.1, 0.05])
     assert 0 < budget.rate_at(49) < 1e-3
-    flat = nl.Training(steps=50, rate=0.1, warmup=0, decay=False)
+    flat = nl.Training(steps=50, rate=0.1, warmup=0, decay=0)
     assert flat.rate_at(0) == flat.rate_at(49) == 0.1
-    _, seen, _ = line(rate=0.02, warmup=4, steps=3, decay=False)
+    _, seen, _ = line(rate=0.02, warmup=4, steps=3, decay=0)
     moves = [(b[0] - a[0]).abs().max() for a, b in zip(seen, seen[1:], strict=False)]
     assert float(moves[0]) == pytest.approx(0.02 / 4, rel=1e-3)  # Adam's first step is the rate itself
 
