@@ -101,7 +101,7 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
 
     Used in
     -------
-    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-gaussian-sinkhorn-flow`
+    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-two-curves`
     """
     return _slope(*_read(A, B, eps))
 
@@ -122,7 +122,7 @@ def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tenso
 
     Used in
     -------
-    :prf:ref:`thm-gaussian-plan`
+    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-two-curves`
     """
     A, B, eps = _read(A, B, eps)
     d = len(A)
@@ -204,7 +204,7 @@ def gaussian_flow(
     Used in
     -------
     :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-gaussian-mean`, :prf:ref:`thm-gaussian-variance`,
-    :prf:ref:`thm-gaussian-eps`, :doc:`/book/mean_field_limit`
+    :prf:ref:`thm-gaussian-eps`, :prf:ref:`thm-two-curves`, :doc:`/book/mean_field_limit`
     """
     start, target = (
         _covariance(name, given).detach().cpu() for name, given in (("S", S), ("target_covariance", target_covariance))

@@ -24,7 +24,7 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
     Used in
     -------
     :prf:ref:`thm-small-eps`, :doc:`/book/intro`, :doc:`/book/wasserstein_gradient_flows`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/speed`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/two_phase`, :doc:`/book/speed`
     """
     P = exact_plan(x, y, a, b)
     distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -77,7 +77,7 @@ def floor(
 
     Used in
     -------
-    No chapter yet.
+    :doc:`/book/two_phase`
     """
     read_counts(pairs=pairs)
     if pairs < 2:

@@ -66,7 +66,7 @@ class NSGF(Flow):
 
     Used in
     -------
-    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_dimensional_benchmark`
+    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`
     """
 
     eps: float = 0.1
