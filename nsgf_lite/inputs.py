@@ -44,6 +44,13 @@ def read_counts(**counts: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def read_naturals(**counts: int) -> None:
+    """Check that the named numbers are integers, zero or more; ValueError says which is not."""
+    for name, value in counts.items():
+        if not (isinstance(value, int) and value >= 0):
+            raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+
+
 def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
     """Return the weights of cloud x, uniform if None, shape x.shape[:-1]; ValueError unless they are a probability."""
     if weights is None:

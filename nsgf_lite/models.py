@@ -85,7 +85,7 @@ class Flow:
             raise ValueError(f"source has {self.source.classes} classes and target {self.classes}")
         kinds = range(max(1, self.classes))
         share = -(-training.batch // len(kinds))
-        first = [s.draw(share, generator, c) for s in (self.source, self.target) for c in kinds]
+        first = [s.many(share, generator, c) for s in (self.source, self.target) for c in kinds]
         self.dimension = first[-1].shape[1]
         for k, points in enumerate(first):
             if points.shape[1] != self.dimension:

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from nsgf_lite.inputs import read_clouds, read_counts
+from nsgf_lite.inputs import read_clouds, read_counts, read_naturals
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -74,7 +74,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         read_counts(dimension=dimension, width=width, depth=depth, out=1 if out is None else out)
-        read_counts(**{"frequencies + 1": frequencies + 1, "classes + 1": classes + 1})
+        read_naturals(frequencies=frequencies, classes=classes)
         self.dimension, self.out, self.frequencies, self.classes = dimension, out, frequencies, classes
         sizes = [dimension + 1 + 2 * frequencies + classes, *[width] * depth]
         layers: list[nn.Module] = []

@@ -238,4 +238,4 @@ class RectifiedFlow(Interpolant):
             n = self.pairs // max(1, self.classes)
             x0 = self.source.many(n, generator, label)
             x1 = self.teacher.sample(n, self.teacher_steps, start=x0, label=label if self.classes else None)
-            self.table.add(x0, x1, label)
+            self.table.add(x0, x1.to(x0.device), label)

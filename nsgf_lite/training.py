@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from nsgf_lite import checkpoints
-from nsgf_lite.inputs import read_counts, read_positive
+from nsgf_lite.inputs import read_counts, read_naturals, read_positive
 from nsgf_lite.networks import Stack
 
 
@@ -65,8 +65,9 @@ class Training:
     def __post_init__(self) -> None:
         read_counts(steps=self.steps, batch=self.batch, every=self.every)
         read_positive(rate=self.rate, clip=self.clip)
-        if not (isinstance(self.warmup, int) and 0 <= self.warmup and 0 <= self.ema < 1):
-            raise ValueError(f"need warmup >= 0 and 0 <= ema < 1, got warmup={self.warmup!r}, ema={self.ema!r}")
+        read_naturals(warmup=self.warmup, decay=self.decay)
+        if not (isinstance(self.ema, int | float) and 0 <= self.ema < 1):
+            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of the step, counted from 0."""

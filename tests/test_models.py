@@ -298,6 +298,8 @@ def test_tensors_may_be_shorter_than_what_is_made_of_them():
     model.fit(POINTS, FAR, SHORT, progress=False)
     assert len(model.table.x0) == 150 and len(model.table.x0.unique(dim=0)) == 60
     nl.EPT(steps=3, particles=150, network=ratio).fit(POINTS, POINTS[:40], SHORT, progress=False)
+    budget = nl.Training(steps=3, batch=100)  # from the pool, which needs but 32 points at once
+    small(nl.NSGF, **FEW).fit(POINTS, FAR, budget, progress=False)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -66,6 +66,8 @@ def test_rates():
     budget = nl.Training(steps=50, rate=0.1, warmup=10)
     assert [budget.rate_at(k) for k in (0, 4, 9, 10, 30)] == pytest.approx([0.01, 0.05, 0.1, 0.1, 0.05])
     assert 0 < budget.rate_at(49) < 1e-3
+    waves = nl.Training(steps=50, rate=0.1, warmup=0, decay=5)
+    assert [waves.rate_at(k) for k in (0, 5, 10, 25, 40)] == pytest.approx([0.1, 0.05, 0.1, 0.05, 0.1])
     flat = nl.Training(steps=50, rate=0.1, warmup=0, decay=0)
     assert flat.rate_at(0) == flat.rate_at(49) == 0.1
     _, seen, _ = line(rate=0.02, warmup=4, steps=3, decay=0)
@@ -98,7 +100,17 @@ def test_divergence_names_the_step(value):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"steps": 0}, {"batch": 2.5}, {"every": -1}, {"rate": 0.0}, {"clip": math.inf}, {"warmup": -1}, {"ema": 1.0}],
+    [
+        {"steps": 0},
+        {"batch": 2.5},
+        {"every": -1},
+        {"rate": 0.0},
+        {"clip": math.inf},
+        {"warmup": -1},
+        {"decay": 0.5},
+        {"ema": 1.0},
+        {"ema": "0.9"},
+    ],
 )
 def test_bad_budgets(bad):
     refused(lambda: nl.Training(**bad), *bad)
