@@ -242,7 +242,7 @@ def train(
             optimizer.zero_grad()
             accelerator.backward(value)
             if isinstance(network, Stack):
-                _clip_members(network, training.clip)
+                clip_members(network, training.clip)
             else:
                 accelerator.clip_grad_norm_(network.parameters(), training.clip)
             fast.step()
@@ -262,7 +262,7 @@ def train(
     return losses
 
 
-def _clip_members(network: nn.Module, largest: float) -> None:
+def clip_members(network: nn.Module, largest: float) -> None:
     """Shorten each member's gradient to the largest norm, as clipping would if the member trained alone."""
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
