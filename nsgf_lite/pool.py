@@ -33,7 +33,7 @@ def trajectories(
 
     Used in
     -------
-    :doc:`/book/neural_sinkhorn_flow`
+    :prf:ref:`thm-marginals`, :prf:ref:`thm-euler-blur`, :doc:`/book/neural_sinkhorn_flow`
     """
     read_clouds(x=x, y=y)
     read_positive(step=step)

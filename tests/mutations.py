@@ -87,6 +87,14 @@ MUTATIONS = [
     Mutation("particles forget their weights on the way", "particles", 'given = {"a": a, "b": b, "generator": generator}', 'given = {"a": None, "b": b, "generator": generator}'),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
     Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
+    # trajectories, the pool, and what is regressed on and sampled
+    Mutation("pool pairs each velocity with the next position", "pool", "        positions.append(x)\n        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n", "        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n        positions.append(x)\n"),
+    Mutation("pool stores the velocity of the gradient's sign", "pool", "velocities.append(v)", "velocities.append(-v)"),
+    Mutation("pool draws velocities of other rows", "pool", "self._v.view(-1, d)[here]", "self._v.view(-1, d)[here.flip(0)]"),
+    Mutation("pool counts its steps from one", "nsgf", "return x, k / self.steps, self.step", "return x, (k + 1) / self.steps, self.step"),
+    Mutation("velocity not rescaled to the network's time", "nsgf", "self.step * self.steps * v, labels", "self.step * v, labels"),
+    Mutation("sampler's clock one step ahead", "models", "rows[-1], k / steps, 1 / steps, solver", "rows[-1], (k + 1) / steps, 1 / steps, solver"),
+    Mutation("sampler's steps twice as long", "models", "rows[-1], k / steps, 1 / steps, solver", "rows[-1], k / steps, 2 / steps, solver"),
     # straight segments and the two phases
     Mutation("segments' covariance interpolated linearly", "segments", "(1 - t) ** 2 * S + t**2 * B", "(1 - t) * S + t * B"),
     Mutation("straight velocity, source with the wrong sign", "segments", "t * end[1] - (1 - t) * start[1]", "t * end[1] + (1 - t) * start[1]"),
