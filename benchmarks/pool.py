@@ -6,8 +6,8 @@
 Theirs: for each minibatch and step two calls of GeomLoss's ``SamplesLoss(potentials=True)`` at scaling 0.8 and
 automatic differentiation of the potentials' sums. Ours: ``nl.trajectories``, minibatches together, warm from step to
 step. Two problems, each followed for 20 steps of 0.2: A, 256 points in the plane, and C, 128 points in 784 dimensions,
-both at eps = 0.25 (benchmarks/problems.py). The rounds take turns; seconds are medians. The error is ``|v - v*| / |v*|``
-over all steps of one trajectory, at the same positions for all: those of the reference in float64.
+both at eps = 0.25 (benchmarks/problems.py). The rounds take turns; seconds are medians. The error is
+``|v - v*| / |v*|`` over all steps of one trajectory, at the same positions for all: those of the reference in float64.
 """
 
 import argparse
