@@ -58,8 +58,8 @@ class Pool:
     capacity : int
         Number of minibatches kept.
     folder : path
-        Keep them on disk, a file for each minibatch, mapped into memory when read; None for in memory. The pool owns
-        the folder: a new one deletes the minibatches that an older one left there.
+        Keep them on disk, a file for each minibatch, mapped into memory when read; None for in memory. The folder is
+        the pool's own; a new pool deletes the minibatches that an older one left there.
     half : bool
         Store in half precision: half the size, three digits.
 
