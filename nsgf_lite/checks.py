@@ -65,7 +65,9 @@ def scale(fast: Size, full: Size) -> Size:
 
     Used in
     -------
-    :doc:`/book/wasserstein_gradient_flows`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/choosing`
+    :doc:`/book/wasserstein_gradient_flows`, :doc:`/book/sinkhorn_first_variation`,
+    :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`, :doc:`/book/neural_sinkhorn_flow`,
+    :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`, :doc:`/book/choosing`
     """
     setting = os.environ.get("NSGF_SCALE", "fast")
     if setting not in ("fast", "full"):

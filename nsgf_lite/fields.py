@@ -102,7 +102,7 @@ class Wasserstein:
 
     Used in
     -------
-    :doc:`/book/optimal_transport`
+    :prf:ref:`thm-geometric-approach`, :doc:`/book/optimal_transport`, :doc:`/book/mean_field_limit`
     """
 
     def __call__(

@@ -24,7 +24,8 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
     Used in
     -------
     :prf:ref:`thm-small-eps`, :doc:`/book/intro`, :doc:`/book/wasserstein_gradient_flows`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/two_phase`, :doc:`/book/speed`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/neural_sinkhorn_flow`,
+    :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`, :doc:`/book/speed`
     """
     P = exact_plan(x, y, a, b)
     distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -77,7 +78,8 @@ def floor(
 
     Used in
     -------
-    :doc:`/book/two_phase`
+    :doc:`/book/intro`, :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`,
+    :doc:`/book/two_dimensional_benchmark`
     """
     read_counts(pairs=pairs)
     if pairs < 2:

@@ -58,8 +58,8 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
     Used in
     -------
     :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/two_phase`,
-    :doc:`/book/speed`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`,
+    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`
     """
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
@@ -108,9 +108,9 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
 
     Used in
     -------
-    :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/wasserstein_gradient_flows`, :doc:`/book/sinkhorn_first_variation`,
-    :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`
+    :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`, :doc:`/book/wasserstein_gradient_flows`,
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`,
+    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`
     """
     from ipywidgets import HTML, IntSlider, Layout, Stack, VBox, jslink
 

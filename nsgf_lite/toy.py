@@ -44,7 +44,8 @@ class Gaussian:
     Used in
     -------
     :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/choosing`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/neural_sinkhorn_flow`,
+    :doc:`/book/two_phase`, :doc:`/book/choosing`
     """
 
     mean: tuple[float, ...] = (0.0, 0.0)
@@ -75,7 +76,8 @@ class EightGaussians:
 
     Used in
     -------
-    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`, :doc:`/book/choosing`
+    :doc:`/book/sinkhorn_first_variation`, :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`,
+    :doc:`/book/two_dimensional_benchmark`, :doc:`/book/speed`, :doc:`/book/choosing`
     """
 
     radius: float = 5.0
@@ -96,7 +98,9 @@ class Moons:
 
     Used in
     -------
-    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/speed`, :doc:`/book/choosing`
+    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/neural_sinkhorn_flow`,
+    :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`, :doc:`/book/speed`, :doc:`/book/choosing`,
+    :doc:`/book/errata`
     """
 
     noise: float = 0.2
@@ -121,7 +125,7 @@ class SCurve:
 
     Used in
     -------
-    :doc:`/book/intro`
+    :doc:`/book/intro`, :doc:`/book/two_dimensional_benchmark`
     """
 
     noise: float = 0.05
@@ -140,7 +144,7 @@ class Checkerboard:
 
     Used in
     -------
-    :doc:`/book/optimal_transport`
+    :doc:`/book/optimal_transport`, :doc:`/book/two_dimensional_benchmark`
     """
 
     side: float = 4.0
@@ -162,7 +166,7 @@ class Circles:
 
     Used in
     -------
-    :doc:`/book/sinkhorn_divergence`
+    :doc:`/book/sinkhorn_divergence`, :doc:`/book/neural_sinkhorn_flow`
     """
 
     ratio: float = 0.5

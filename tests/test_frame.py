@@ -356,10 +356,19 @@ def test_chapters_and_theorems_that_a_docstring_names_use_it(name):
 # --- README -------------------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_example_runs(capsys):
+def test_the_readmes_example_runs(capsys, tmp_path, monkeypatch):
     (example,) = re.findall(r"^```python\n(.+?)^```$", read("README.md"), re.M | re.S)
-    exec(example.replace("500", "60").replace("steps=40", "steps=4"), {})
-    assert "tensor(" in capsys.readouterr().out
+    for long, short in [
+        ("steps=5000", "steps=20"),
+        ("step=0.4, steps=10)", "step=0.4, steps=3, minibatch=16, pool=4)"),
+        ("500", "60"),
+        ("steps=40", "steps=4"),
+    ]:
+        assert long in example, f"the README's example has no {long} to shorten"
+        example = example.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.count("tensor(") == 2 and (tmp_path / "model.safetensors").exists()
 
 
 def test_files_that_the_readme_names_are_there():
