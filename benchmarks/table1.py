@@ -11,9 +11,9 @@ Same for all: network (three hidden layers of 256), batch (256), optimiser (Adam
 weights), number of optimiser steps, tuning (two rates times two decays of the average, on two data sets at 2,000 steps,
 judged with 10 steps on draws that the table never uses), and, in the table, the same 20 draws of 1024 starting points
 and 1024 test points, against which W_2 is exact. Deviations: NSGF and EPT are trained once for each number of steps;
-NSGF's Sinkhorn problems see 2048 points at once, and OT-CFM's matching sees as many, as often; EPT keeps one network for
-each step, averages no weights, lets the rate fall once for each step, and is tuned in its step instead of the average;
-2-RF and 3-RF take 1-RF's tuning. A method is one entry of METHODS.
+NSGF's Sinkhorn problems see 2048 points at once, and OT-CFM's matching sees as many, as often; EPT keeps one network
+for each step, averages no weights, lets the rate fall once for each step, and is tuned in its step instead of the
+average; 2-RF and 3-RF take 1-RF's tuning. A method is one entry of METHODS.
 """
 
 import argparse
