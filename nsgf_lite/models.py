@@ -31,7 +31,7 @@ class Flow:
 
     Used in
     -------
-    :doc:`/book/neural_sinkhorn_flow`
+    The base of every model; no chapter makes one of its own.
     """
 
     alone: ClassVar[bool] = False  # whether the model cannot train in a stack with others
