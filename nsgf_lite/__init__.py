@@ -22,14 +22,14 @@ from nsgf_lite.training import Training
 __version__ = "0.1.0"
 
 __all__ = [
+    "BarycentricMap",
+    "ConvergenceWarning",
     "EPT",
+    "Flow",
+    "FlowMatching",
     "NSGF",
     "NSGFPlusPlus",
     "OTCFM",
-    "BarycentricMap",
-    "ConvergenceWarning",
-    "Flow",
-    "FlowMatching",
     "Pool",
     "Potentials",
     "RectifiedFlow",

@@ -211,7 +211,8 @@ def gaussian_flow(
     )
     d = len(start)
     if start.shape != target.shape:
-        raise ValueError(f"S and target_covariance must have one size, got {len(start)} and {len(target)}")
+        sizes = f"{tuple(start.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"S and target_covariance must have one size, got {sizes}")
     m, goal = (_mean(name, given, d).detach().cpu() for name, given in (("m", m), ("target_mean", target_mean)))
     clock, eps = _times(times), _temperature(eps)
 
