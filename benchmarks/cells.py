@@ -7,8 +7,9 @@
 The files have a column `samples`, the time point, and one column for each coordinate. A fifth of each time point is
 held out. The model sees the rest of one time point as its source and of the next as its target; then it moves the
 held-out cells of the first, and W_2 is measured to the held-out cells of the next. Beside it stand, against the same
-cells: as many cells of the next time point from the training part (the floor: no generator can be expected to do better), the
-held-out cells of the first time point left where they are, and these cells moved as one block, mean onto mean.
+cells: as many cells of the next time point from the training part (the floor: no generator can be expected to do
+better), the held-out cells of the first time point left where they are, and these cells moved as one block, mean onto
+mean.
 """
 
 import argparse
