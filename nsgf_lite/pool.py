@@ -53,6 +53,9 @@ def trajectories(
 class Pool:
     """Bounded store of (x, t, v): the trajectories of the `capacity` newest minibatches; older ones leave.
 
+    ``pool.nbytes`` is what it holds and ``pool.bound`` what it can hold at most. On disk, minibatches that the last
+    checkpoint needs stay until :meth:`sweep` is called.
+
     Parameters
     ----------
     capacity : int
@@ -62,9 +65,6 @@ class Pool:
         the pool's own; a new pool deletes the minibatches that an older one left there.
     half : bool
         Store in half precision: half the size, three digits.
-
-    ``pool.nbytes`` is what it holds and ``pool.bound`` what it can hold at most. On disk, minibatches that the last
-    checkpoint needs stay until :meth:`sweep` is called.
 
     Raises
     ------
