@@ -222,11 +222,11 @@ def floors(name: str) -> None:
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the length of its 95 % t-interval."""
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the length of its 95 % t-interval; a single value has none."""
     n = len(values)
     if n < 2:
-        return values[0], math.inf
+        return values[0], None
     return statistics.fmean(values), float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
