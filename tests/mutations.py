@@ -2,7 +2,7 @@
 """Truth has teeth: spoil one formula of the library at a time, and see which theorems' tests notice.
 
     python tests/mutations.py            # each mutation against tests that the recorded table says notice it
-    python tests/mutations.py --record   # each against all, and write book/results/mutations.json, which the book shows
+    python tests/mutations.py --record   # against all that reach it, and write book/results/mutations.json, which the book shows
 
 Each mutation must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least one mutation.
 Without --record only as many tests run as show that once more: for each test one mutation that it noticed, for each
@@ -10,6 +10,7 @@ mutation one test. A record that is not of these mutations and tests is an error
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -124,8 +127,36 @@ def enough(rows: list[dict]) -> list[list[str]]:
     return [tests or row["killed_by"][:1] for tests, row in zip(chosen, rows, strict=True)]
 
 
+def reaching() -> list[list[str]]:
+    """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default)."""
+    with tempfile.TemporaryDirectory() as folder:
+        rules, data = Path(folder) / "rules", Path(folder) / "data"
+        rules.write_text(f"[run]\ndynamic_context = test_function\nsource = {ROOT}/nsgf_lite\ndata_file = {data}\n")
+        command = ["coverage", "run", f"--rcfile={rules}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        subprocess.run([sys.executable, "-m", *command, *map(str, set(theorem_tests().values()))], check=True, cwd=ROOT)
+        seen = CoverageData(basename=str(data))
+        seen.read()
+        reached = []
+        for mutation in MUTATIONS:
+            file = ROOT / "nsgf_lite" / f"{mutation.file}.py"
+            text = file.read_text()
+            line = text[: text.index(mutation.old)].count("\n") + 1
+            functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+            homes = [n for n in functions if n.body[0].lineno <= line <= n.end_lineno]
+            if not homes:
+                reached.append(list(theorem_tests()))
+                continue
+            home = max(homes, key=lambda n: n.lineno)
+            contexts = seen.contexts_by_lineno(str(file))
+            found = {
+                c.rsplit(".")[-1] for k, names in contexts.items() if home.lineno < k <= home.end_lineno for c in names
+            }
+            reached.append([name for name in theorem_tests() if name in found])
+    return reached
+
+
 def failing(mutation: Mutation, names: list[str]) -> list[str]:
-    """Those of the theorem tests that fail under the mutation."""
+    """Those of the theorem tests that fail under the mutation, or do not end in time."""
     if not names:
         return []
     with tempfile.TemporaryDirectory() as folder:
@@ -137,13 +168,17 @@ def failing(mutation: Mutation, names: list[str]) -> list[str]:
         source.write_text(text.replace(mutation.old, mutation.new))
         files = theorem_tests()
         tests = [f"{files[name]}::{name}" for name in names]
-        options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", folder]
+        options = ["-v", "-o", "addopts=", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", folder]
         command = [sys.executable, "-u", "-m", "pytest", *options, *tests]
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"mutation {mutation.name!r}: pytest could not run\n{done.stdout}\n{done.stderr}")
-    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S*::(test_thm_\w+)", done.stdout, re.M)))
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+            output, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as late:
+            output, code = (late.stdout or b"").decode() + " FAILED", 1  # the last line is the test that did not end
+    if code not in (0, 1):
+        raise SystemExit(f"mutation {mutation.name!r}: pytest could not run\n{output}\n{done.stderr}")
+    return sorted(set(re.findall(r"::(test_thm_\w+)\S*(?: <.*?>)? (?:FAILED|ERROR)", output)))
 
 
 def main() -> int:
@@ -157,7 +192,7 @@ def main() -> int:
     if not options.record and ([row["what"] for row in recorded] != whats or known != set(tests)):
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations and tests: run with --record")
         return 1
-    wanted = [tests] * len(MUTATIONS) if options.record else enough(recorded)
+    wanted = reaching() if options.record else enough(recorded)
     with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
         killers = list(pool.map(failing, MUTATIONS, wanted))
     for m, killed in zip(MUTATIONS, killers, strict=True):
