@@ -1,6 +1,6 @@
 """nsgf-lite: generative modelling by Wasserstein gradient flows, the library that the book's chapters call."""
 
-from nsgf_lite import closed_forms, fields, metrics, networks, plots, toy
+from nsgf_lite import closed_forms, drifting, fields, metrics, networks, plots, toy
 from nsgf_lite.checks import check, scale
 from nsgf_lite.divergence import entropic_cost, sinkhorn_divergence
 from nsgf_lite.ept import EPT
@@ -38,6 +38,7 @@ __all__ = [
     "barycentric_map",
     "check",
     "closed_forms",
+    "drifting",
     "entropic_cost",
     "fields",
     "fit_together",

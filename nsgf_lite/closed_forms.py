@@ -11,7 +11,22 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from nsgf_lite.atoms import cross_curl, cross_velocity, two_atom_mass, two_atom_velocity
 from nsgf_lite.inputs import read_clouds, read_positive
+
+__all__ = [
+    "barenblatt",
+    "cross_curl",
+    "cross_velocity",
+    "gaussian_divergence",
+    "gaussian_flow",
+    "gaussian_map",
+    "gaussian_ot",
+    "gaussian_velocity",
+    "ou_moments",
+    "two_atom_mass",
+    "two_atom_velocity",
+]
 
 Vector = Tensor | Sequence[float] | float
 Matrix = Tensor | Sequence[Sequence[float]] | float
@@ -236,34 +251,6 @@ def gaussian_flow(
     covariances = torch.from_numpy(solution.y.T.copy()).reshape(-1, d, d)
     means = goal + torch.exp(-clock)[:, None] * (m - goal)
     return means, (covariances + covariances.mT) / 2
-
-
-def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Tensor:
-    """Mass that the entropic plan sends from the right to the left of two atoms at that distance, a scalar.
-
-    The source has mass `beta` on the left, the target `alpha`; the mass t is the root between ``max(0, alpha - beta)``
-    and ``min(alpha, 1 - beta)`` of ``(1-k^2) t^2 + [(beta-alpha) + k^2 (alpha+1-beta)] t - k^2 alpha (1-beta) = 0``,
-    with ``k = exp(-distance^2 / (2 eps))``.
-
-    Raises
-    ------
-    ValueError
-        If a mass is not strictly between 0 and 1, or distance or eps is not positive.
-
-    Used in
-    -------
-    :prf:ref:`thm-two-atoms`
-    """
-    for name, mass in (("alpha", alpha), ("beta", beta)):
-        if not (isinstance(mass, int | float) and 0 < mass < 1):
-            raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
-    read_positive(distance=distance)
-    k2 = torch.exp(torch.tensor(-(distance**2) / _temperature(eps), dtype=torch.float64))
-    linear = (beta - alpha) + k2 * (alpha + 1 - beta)
-    constant = k2 * alpha * (1 - beta)
-    root = (linear.square() + 4 * (1 - k2) * constant).sqrt()
-    # Two forms of one root; each is free of subtraction on its side.
-    return 2 * constant / (linear + root) if linear > 0 else (root - linear) / (2 * (1 - k2))
 
 
 def ou_moments(

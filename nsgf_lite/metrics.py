@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields import exact_plan
+from nsgf_lite.fields.base import median_distance
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 from nsgf_lite.toy import Law
 
@@ -55,9 +56,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
         raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
     z = torch.cat([x, y]).detach().double()
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-    if bandwidth is None:
-        positive = distance[distance > 0]
-        bandwidth = float(positive.median()) if len(positive) else 1.0
+    bandwidth = float(median_distance(x.double(), y.double())) if bandwidth is None else bandwidth
     read_positive(bandwidth=bandwidth)
     kernel = torch.exp(-distance.square() / (2 * bandwidth**2))
     sign = torch.cat([z.new_full((len(x),), 1 / len(x)), z.new_full((len(y),), -1 / len(y))])

@@ -102,6 +102,61 @@ class MLP(nn.Module):
         return value * self.spread if self.out is None else value
 
 
+class Residual(nn.Module):
+    """Residual network from (n, inputs) to (n, out): ``h + W₂ silu(W₁ norm(h))`` in each block, no time and no label.
+
+    A one-step generator from noise to data, or a critic with one output. Outputs are multiplied by the buffers `spread`
+    and moved by `centre` (out,), which :meth:`standardise` sets, so that the data's unit of length does not matter.
+
+    Parameters
+    ----------
+    inputs, out : int
+        Dimension of the noise, and of a point.
+    width, depth : int
+        Size of the hidden layers, and number of blocks.
+
+    Raises
+    ------
+    ValueError
+        If a size is not a positive integer.
+
+    Source
+    ------
+    The note on drifting (2026), section 4.3 (a feed-forward residual network; its sizes are ours).
+
+    Used in
+    -------
+    :func:`nsgf_lite.drifting.train`
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, inputs: int, out: int, width: int = 64, depth: int = 2) -> None:
+        super().__init__()
+        read_counts(inputs=inputs, out=out, width=width, depth=depth)
+        self.first, self.last = nn.Linear(inputs, width), nn.Linear(width, out)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.register_buffer("centre", torch.zeros(out))
+        self.register_buffer("spread", torch.ones(()))
+
+    def standardise(self, y: Tensor) -> None:
+        """Set centre and spread to the mean and the root mean square deviation of the points y (n, out)."""
+        read_clouds(y=y)
+        self.centre.copy_(y.mean(0))
+        self.spread.copy_((y - y.mean(0)).square().mean().sqrt().clamp_min(1e-12))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Points (n, out) from noise z (n, inputs)."""
+        h = self.first(z)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.last(h) * self.spread + self.centre
+
+
 def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
     """The network's value, with the labels only if there are some."""
     return network(x, t) if labels is None else network(x, t, labels)
@@ -128,6 +183,7 @@ class Stack(nn.Module):
         shapes = {tuple((name, p.shape) for name, p in network.state_dict().items()) for network in networks}
         if len(shapes) != 1 or len({str(network) for network in networks}) != 1:
             raise ValueError("networks must be of one kind and shape to be stacked")
+        self.size = len(networks)
         self._skeleton = [networks[0]]  # in a list, so that its parameters are not this module's
         values, buffers = stack_module_state(list(networks))
         self.stacked = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(p) for name, p in values.items()})

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from nsgf_lite.fields import Field, Warm
+from nsgf_lite.fields.base import Field, Warm
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 
 # Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite import checkpoints
-from nsgf_lite.fields import Field, Warm
+from nsgf_lite.fields.base import Field, Warm
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 
 

@@ -1,0 +1,148 @@
+"""A field that must learn: the gradient of a neural critic, which estimates the first variation of a divergence."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nsgf_lite.fields.base import Warm
+from nsgf_lite.inputs import read_clouds, read_positive
+from nsgf_lite.networks import Residual, seeded
+from nsgf_lite.training import Training, train
+
+# For D(q | p) = E_p f(q/p), in terms of the log ratio s: f'(e^s), and the conjugate there, e^s f'(e^s) - f(e^s).
+_FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "kl": (lambda s: 1 + s, lambda s: s.exp()),
+    "reverse_kl": (lambda s: -(-s).exp(), lambda s: s - 1),
+    "js": (
+        lambda s: (2 * torch.sigmoid(s)).log() / 2,
+        lambda s: -(2 * torch.sigmoid(-s)).log() / 2,
+    ),
+}
+
+
+@dataclass(eq=False)
+class Critic:
+    """Velocity ``-grad f'(e^s)`` of an f-divergence D(q | p), with the log density ratio s = log q/p a neural network.
+
+    :meth:`fit` trains the network on particles and data by the variational formula, ``D = max E_q T - E_p f*(T)``
+    over ``T = f'(e^s)``; the maximiser T is the first variation. The call then reads the network and learns nothing.
+
+    Parameters
+    ----------
+    divergence : str
+        ``kl`` for KL(q | p), ``reverse_kl`` for KL(p | q), ``js`` for Jensen and Shannon's divergence.
+    penalty : float
+        λ of the term ``-(λ/2) E|grad s|²`` (over particles and data alike) in the objective, in units of squared
+        length; 0 for none. With ``kl`` this is a neural KALE.
+    make : callable
+        ``make(d)`` makes the network, a module from (n, d) to (n, 1); None for :class:`nsgf_lite.networks.Residual`.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range; when called, before :meth:`fit`, or as :func:`nsgf_lite.potentials`, or if
+        weights are given.
+
+    Source
+    ------
+    Nowozin, Cseke, Tomioka (2016); Galashov, De Bortoli, Gretton (2025) for the flow.
+
+    Used in
+    -------
+    :doc:`/book/field_zoo`
+    """
+
+    divergence: str = "kl"
+    penalty: float = 0.0
+    make: Callable[[int], nn.Module] | None = None
+    network: nn.Module | None = field(init=False, default=None, repr=False)
+    losses: list[float] = field(init=False, default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.divergence not in _FORMS:
+            raise ValueError(f"divergence must be one of {', '.join(_FORMS)}, got {self.divergence!r}")
+        if self.penalty != 0:
+            read_positive(penalty=self.penalty)
+
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        training: Training | None = None,
+        *,
+        generator: Generator | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Train the critic to tell the particles x (n, d) from the data y (m, d), on from where it stands.
+
+        Parameters
+        ----------
+        x, y : Tensor
+            One cloud each; minibatches of ``training.batch`` are drawn from larger ones.
+        training : Training
+            The budget; by default 200 steps at a rate of 1e-3.
+        generator : Generator
+            Chance of the first weights and of the minibatches; by default a fresh one with seed 0.
+
+        Raises
+        ------
+        ValueError
+            If the clouds do not fit one another or the network.
+        FloatingPointError
+            If the critic diverges; the message says at which step.
+        """
+        read_clouds(x=x, y=y)
+        if x.ndim != 2:
+            raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
+        training = training or Training(steps=200, rate=1e-3, decay=0, warmup=0, ema=0.0)
+        chance = generator or torch.Generator(x.device).manual_seed(0)
+        if self.network is None:
+            make = self.make or (lambda d: Residual(d, 1))
+            self.network = seeded(lambda: make(x.shape[-1]), chance).to(x)
+        value, conjugate = _FORMS[self.divergence]
+
+        def rows(z: Tensor) -> Tensor:
+            z = z.detach()
+            if len(z) <= training.batch:
+                return z
+            return z[torch.randperm(len(z), generator=chance, device=chance.device)[: training.batch].to(z.device)]
+
+        def loss(network: nn.Module, step: int) -> Tensor:
+            here, there = rows(x), rows(y)
+            if not self.penalty:
+                return conjugate(network(there)).mean() - value(network(here)).mean()
+            both = torch.cat([here, there]).requires_grad_()
+            s = network(both)
+            (slope,) = torch.autograd.grad(s.sum(), both, create_graph=True)
+            size = slope.square().sum(-1)
+            gain = value(s[: len(here)]).mean() - conjugate(s[len(here) :]).mean()
+            return self.penalty / 4 * (size[: len(here)].mean() + size[len(here) :].mean()) - gain
+
+        self.losses = train(self.network, loss, training, chance, progress=progress, name="critic")
+        return self
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        at: Tensor | None = None,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        generator: Generator | None = None,
+        warm: Warm | None = None,
+    ) -> Tensor:
+        """Velocity (n, d) at the particles x, or (k, d) at the points `at`, by the critic as :meth:`fit` left it."""
+        points = x if at is None else at
+        read_clouds(x=x, y=y, at=points)
+        if self.network is None:
+            raise ValueError("the critic has not been fitted: call fit(x, y) first")
+        if a is not None or b is not None:
+            raise ValueError("a and b must be None: the critic learns from points of equal weight")
+        value, _ = _FORMS[self.divergence]
+        with torch.enable_grad():
+            z = points.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(value(self.network(z)).sum(), z)
+        return -slope
