@@ -26,15 +26,16 @@ def _sheet(n: int, d: int, random: np.random.Generator) -> np.ndarray:
     return np.tanh(1.5 * (1.5 * random.standard_normal((n, 12)) @ W / np.sqrt(12) + b))
 
 
-def problem(name: str, seed: int = 0) -> tuple[Tensor, Tensor, float]:
-    """Clouds x, y in float64 and the temperature eps of problem A, B, C or D."""
+def problem(name: str, seed: int = 0, size: int | None = None) -> tuple[Tensor, Tensor, float]:
+    """Clouds x, y in float64 and the temperature eps of problem A, B, C or D, of its own size or another."""
     random = np.random.default_rng(seed)
     if name in ("A", "B"):
-        n, eps = (256 if name == "A" else 1024), 0.25
+        n, eps = size or (256 if name == "A" else 1024), 0.25
         x = _eight_gaussians(n, random)
         y = make_moons(n, noise=0.2, random_state=seed)[0] * 3 - 1
     elif name in ("C", "D"):
         n, d, eps = (128, 784, 0.25) if name == "C" else (128, 3072, 4.0)
+        n = size or n
         x, y = random.standard_normal((n, d)), _sheet(n, d, random)
     else:
         raise ValueError(f"name must be one of {', '.join(PROBLEMS)}, got {name!r}")

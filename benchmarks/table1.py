@@ -23,9 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 # One core for each worker: set before any library reads it.
@@ -37,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import nsgf_lite as nl
+from benchmarks.pieces import everything, keep
 from benchmarks.provenance import ROOT, provenance
 
 RECORD = ROOT / "book" / "results" / "table1.json"
@@ -114,13 +113,6 @@ def floor(name: str, count: int, first: int) -> list[float]:
 
 def part(*names: object) -> Path:
     return WORK.joinpath(*map(str, names)).with_suffix(".json")
-
-
-def keep(file: Path, result: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(result))
-    os.replace(draft, file)
 
 
 def training(method: str, choice: dict, steps: int) -> nl.Training:
@@ -276,16 +268,6 @@ def show(out: dict) -> None:
         for method in METHODS:
             cells = [out["sets"][name]["methods"].get(method, {}).get(steps) for name in out["sets"]]
             print(f"{method:8}" + "".join(f"{c['w2']:10.3f} ({c['ratio']:.2f})   " if c else f"{'':20}" for c in cells))
-
-
-def everything(jobs: list[tuple], workers: int, bar: tqdm) -> None:
-    """Do the pieces of work that have no file yet; the first that fails ends the run."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(*job[1:]) for job in jobs if not job[0].exists()]
-        bar.update(len(jobs) - len(futures))
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
 
 
 def main() -> None:
