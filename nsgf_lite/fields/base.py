@@ -73,7 +73,7 @@ def log_kernel(x: Tensor, y: Tensor, h: float | Tensor, kernel: str = "gaussian"
     Raises
     ------
     ValueError
-        If the bandwidth is so small that an exponent overflows.
+        If the bandwidth is so small, or the points so far, that an exponent overflows (or a sum of a few would).
     """
     centre = y.detach().mean(-2, keepdim=True)
     H, p, q = affinity(x - centre, y - centre)
@@ -83,12 +83,11 @@ def log_kernel(x: Tensor, y: Tensor, h: float | Tensor, kernel: str = "gaussian"
     if kernel == "gaussian":
         exponent = cost / -(h * h)
     else:  # the root has no derivative at zero; a constant there has
-        exponent = torch.where(cost > 0, (2 * cost.clamp_min(1e-30)).sqrt(), 0) / -h
-    if not math.isfinite(float(exponent.detach().amin())):
+        exponent = torch.where(cost > 0, (2 * cost.clamp_min(torch.finfo(x.dtype).tiny)).sqrt(), 0) / -h
+    if not float(exponent.detach().amin()) > -torch.finfo(x.dtype).max / 16:
         shown = float(h) if not isinstance(h, Tensor) else float(h.min())
-        raise ValueError(
-            f"h = {shown:g} is too small for points {float(cost.detach().amax()) ** 0.5:.3g} apart: |x-y|/h overflows"
-        )
+        furthest = (2 * float(cost.detach().amax())) ** 0.5
+        raise ValueError(f"|x-y|/h overflows: h must be larger for points {furthest:.3g} apart, got {shown:g}")
     return exponent
 
 

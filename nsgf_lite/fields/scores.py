@@ -100,8 +100,8 @@ class SmoothedKL(Formula):
         """Standard normal vectors (k, d) and their weights (k,)."""
         d = x.shape[-1]
         if self.draws:
-            if generator is None:
-                raise ValueError("generator must be a torch.Generator where draws > 0, got None")
+            if not isinstance(generator, Generator):
+                raise ValueError(f"generator must be a torch.Generator where draws > 0, got {generator!r}")
             z = torch.randn(self.draws, d, generator=generator, device=generator.device, dtype=x.dtype)
             return z.to(x.device), x.new_full((self.draws,), 1 / self.draws)
         if self.nodes**d > 4096:
@@ -121,8 +121,8 @@ class SmoothedKL(Formula):
             moved = z + self.h * noise
             towards, _ = _mean_shift(log_kernel(moved, y, self.h) + b.log().unsqueeze(-2), y)
             away, _ = _mean_shift(log_kernel(moved, x, self.h) + a.log().unsqueeze(-2), x)
-            velocity = velocity + weight / self.h**2 * (towards - away)
-        return velocity
+            velocity = velocity + weight * (towards - away)
+        return velocity / self.h / self.h
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Drift(Formula):
 
     Affinities ``A = sqrt(row softmax x column softmax)`` of the logits of particles to data and to one another, row
     sums r_xy, r_xx; the velocity ``r_xx A_xy y - r_xy A_xx x``. Several temperatures: each field divided by its root
-    mean square over the particles' coordinates, then summed. One temperature: in units of length.
+    mean square over the (weighted) particles' coordinates, then summed. One temperature: in units of length.
 
     Parameters
     ----------
@@ -256,8 +256,13 @@ class Drift(Formula):
         for temperature in self.temperatures:
             term = self._one(temperature, x, y, at, a, b)
             own = term if at is None else self._one(temperature, x, y, None, a, b)
-            size = own.square().mean((-2, -1), keepdim=True).sqrt()
-            velocity = velocity + torch.where(size > 0, term / size.clamp_min(torch.finfo(x.dtype).tiny), 0)
+            # in units of the largest entry: the square of a velocity underflows long before the velocity does
+            own = torch.where((a > 0).unsqueeze(-1), own, 0)
+            largest = own.detach().abs().amax((-2, -1), keepdim=True)
+            unit = torch.where(largest > 0, largest, 1)
+            size = (a.unsqueeze(-1) * (own / unit).square()).sum(-2, keepdim=True).mean(-1, keepdim=True)
+            size = torch.where(largest > 0, size, 1).sqrt()
+            velocity = velocity + torch.where(largest > 0, term / unit / size, 0)
         return velocity
 
     def _one(self, temperature: float, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -160,13 +160,17 @@ def _images_on_line(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.empty_like(v).scatter(-1, order_u, v)  # as many, all alike: the plan is a permutation
     # A particle that holds the quantiles from s to t goes to the mean of the data's quantile function there: the
     # increment of its integral, which is linear between the data's cumulative masses.
-    a, b = a.gather(-1, order_u).double(), b.gather(-1, order_v).double()
+    a, b = (w.gather(-1, o).double() for w, o in ((a, order_u), (b, order_v)))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     levels = torch.cat([torch.zeros_like(b[..., :1]), b.cumsum(-1)], -1)
     integral = torch.cat([torch.zeros_like(b[..., :1]), (b * v).cumsum(-1)], -1)
     ends = torch.cat([torch.zeros_like(a[..., :1]), a.cumsum(-1)], -1).clamp_max(levels[..., -1:])
     k = torch.searchsorted(levels[..., 1:].contiguous(), ends.contiguous()).clamp_max(v.shape[-1] - 1)
     at_ends = integral.gather(-1, k) + (ends - levels.gather(-1, k)) * v.gather(-1, k)
-    images = torch.where(a > 0, at_ends.diff(dim=-1) / a.clamp_min(1e-300), u.gather(-1, order_u).double())
+    images = at_ends.diff(dim=-1) / a.clamp_min(1e-300)
+    # rounding, which a tiny mass blows up, leaves no image outside the data that it is a mean of
+    images = images.clamp(v.gather(-1, k[..., :-1]).double(), v.gather(-1, k[..., 1:]).double())
+    images = torch.where(a > 0, images, u.gather(-1, order_u).double())
     return torch.zeros_like(u).scatter(-1, order_u, images.to(u.dtype))
 
 

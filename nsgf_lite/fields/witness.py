@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -70,11 +71,9 @@ class Kernel:
         for h in widths:
             E = log_kernel(z, atoms, h, self.kernel, own)
             pull = E.exp() * c.unsqueeze(-2)
-            if self.kernel == "gaussian":
-                pull = pull / h**2
-            else:  # E is -|z - w| / h
-                pull = torch.where(E < 0, pull / (-E).clamp_min(1e-30) / h**2, 0)
-            velocity = velocity + pull.sum(-1, keepdim=True) * z - pull @ atoms
+            if self.kernel == "laplace":  # E is -|z - w| / h
+                pull = torch.where(E < 0, pull / (-E).clamp_min(1e-30), 0)
+            velocity = velocity + (pull.sum(-1, keepdim=True) * z - pull @ atoms) / h / h
             largest = torch.maximum(largest, E.detach().amax((-2, -1)))
         return velocity, largest
 
@@ -84,18 +83,21 @@ class _Witness(Formula):
 
     h: Bandwidth
     kernel: str
+    double: ClassVar[bool] = False  # whether to work in float64 whatever the particles are in
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
     ) -> Tensor:
-        kernel = Kernel(self.h, self.kernel)
+        kernel, points = Kernel(self.h, self.kernel), x if at is None else at
+        z = points
+        if self.double:
+            x, y, z, a, b = (t.double() for t in (x, y, z, a, b))
         widths = kernel.widths(x, y)
-        z = x if at is None else at
         alpha, scale = self._coefficients(kernel, widths, x, y, a, b)
         towards, largest = kernel.descend(z, y, alpha, widths)
         away, _ = kernel.descend(z, x, a, widths, own=at is None)
-        warn_underflow(largest, z, y)
-        return scale * (towards + away)
+        warn_underflow(largest, points, y.to(points))
+        return (scale * (towards + away)).to(points)
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
@@ -157,7 +159,7 @@ class DrMMD(_Witness):
     Raises
     ------
     ValueError
-        If a parameter is out of range; when called, as :class:`MMD`.
+        If a parameter is out of range; when called, as :class:`MMD`, or if λ is lost beside the rounding of float64.
 
     Source
     ------
@@ -171,6 +173,7 @@ class DrMMD(_Witness):
     lam: float
     h: Bandwidth = None
     kernel: str = "gaussian"
+    double = True
 
     def __post_init__(self) -> None:
         Kernel(self.h, self.kernel)
@@ -179,20 +182,25 @@ class DrMMD(_Witness):
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
     ) -> tuple[Tensor, float]:
-        K = kernel.gram(y, y, widths, own=True).double()
-        crowd = (kernel.gram(y, x, widths) @ a.unsqueeze(-1)).squeeze(-1).double()
-        f = crowd - (K @ b.double().unsqueeze(-1)).squeeze(-1)
+        K = kernel.gram(y, y, widths, own=True)
+        crowd = (kernel.gram(y, x, widths) @ a.unsqueeze(-1)).squeeze(-1)
+        f = crowd - (K @ b.unsqueeze(-1)).squeeze(-1)
         # g = (Σ_p + λ)^(-1) f solves λ g + K (b g) = f on the data; f carries -b, so the data's coefficients add up.
-        g = solve_ridge(K, b.double().sqrt(), f, self.lam)
-        return -(b * (1 + g)).to(b), 2 * (1 + self.lam) / self.lam
+        g = solve_ridge(K, b.sqrt(), f, self.lam)
+        return -(b * (1 + g)), 2 * (1 + self.lam) / self.lam
 
 
 def solve_ridge(K: Tensor, root: Tensor, f: Tensor, lam: float) -> Tensor:
     """Solve ``λ g + K (root² g) = f`` by Cholesky's factors of the symmetric ``λ + root K root``."""
     A = root.unsqueeze(-1) * K * root.unsqueeze(-2)
     A = A + lam * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    u = torch.cholesky_solve((root * f).unsqueeze(-1), torch.linalg.cholesky(A))
-    return (f - (K @ (root.unsqueeze(-1) * u)).squeeze(-1)) / lam
+    factor, failed = torch.linalg.cholesky_ex(A)
+    if bool(failed.any()):
+        raise ValueError(f"lam must be larger, or the bandwidth smaller, for a kernel matrix in float64, got {lam:g}")
+    u = torch.cholesky_solve((root * f).unsqueeze(-1), factor)
+    rest = (f - (K @ (root.unsqueeze(-1) * u)).squeeze(-1)) / lam
+    # u is root g: where root is large it tells g, and where it is small nothing cancels in the rest
+    return torch.where(root * root > lam, u.squeeze(-1) / root.clamp_min(lam**0.5), rest)
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ class KALE(_Witness):
     Raises
     ------
     ValueError
-        If a parameter is out of range; when called, as :class:`MMD`.
+        If a parameter is out of range; when called, as :class:`DrMMD`.
 
     Source
     ------
@@ -233,6 +241,7 @@ class KALE(_Witness):
     kernel: str = "gaussian"
     tol: float = 1e-10
     max_iter: int = 100
+    double = True
 
     def __post_init__(self) -> None:
         Kernel(self.h, self.kernel)
@@ -244,11 +253,10 @@ class KALE(_Witness):
     ) -> tuple[Tensor, float]:
         # Every iterate is h = (s m_q - Σ_j β_j k(·, y_j)) / λ, and s and β are all there is to know of it.
         with torch.no_grad():
-            K = kernel.gram(y, y, widths, own=True).double()
-            A, B = a.double().unsqueeze(-1), b.double()
-            crowd = (kernel.gram(y, x, widths).double() @ A).squeeze(-1)
-            alone = (A.mT @ kernel.gram(x, x, widths, own=True).double() @ A).squeeze(-1).squeeze(-1)
-            s, beta = torch.zeros_like(alone), torch.zeros_like(B)
+            K, A = kernel.gram(y, y, widths, own=True), a.unsqueeze(-1)
+            crowd = (kernel.gram(y, x, widths) @ A).squeeze(-1)
+            alone = (A.mT @ kernel.gram(x, x, widths, own=True) @ A).squeeze(-1).squeeze(-1)
+            s, beta = torch.zeros_like(alone), torch.zeros_like(b)
 
             def look(s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
                 """Values h(y) and the objective."""
@@ -256,19 +264,19 @@ class KALE(_Witness):
                 at_y = (s.unsqueeze(-1) * crowd - data) / self.lam
                 cross = (beta * crowd).sum(-1)
                 norm = (s * s * alone - 2 * s * cross + (beta * data).sum(-1)) / self.lam**2
-                gain = (s * alone - cross) / self.lam - (B * at_y.exp()).sum(-1) - self.lam / 2 * norm
+                gain = (s * alone - cross) / self.lam - (b * at_y.exp()).sum(-1) - self.lam / 2 * norm
                 return at_y, gain
 
             at_y, value = look(s, beta)
             for _ in range(self.max_iter):
-                mass = B * at_y.exp()
+                mass = b * at_y.exp()
                 rise = crowd - (K @ mass.unsqueeze(-1)).squeeze(-1) - self.lam * at_y  # the gradient, on the data
                 step = solve_ridge(K, mass.sqrt(), rise, self.lam)
                 to_s, to_beta = 1 - s, mass * (1 + step) - beta
                 # <gradient, step> = E_q step - E_p e^h step - λ<h, step>, each term by the reproducing property
                 at_q = (to_s * alone - (to_beta * crowd).sum(-1)) / self.lam
                 decrement = (1 - s) * at_q + ((beta - mass) * step).sum(-1)
-                if bool((decrement <= self.tol).all()):
+                if bool((decrement.abs() <= self.tol).all()):  # negative where rounding has the last word
                     break
                 length = torch.ones_like(s)
                 for _ in range(40):
@@ -281,10 +289,10 @@ class KALE(_Witness):
                 at_y, value = new_at, new_value
             else:
                 warnings.warn(
-                    f"KALE stopped after {self.max_iter} Newton steps at decrement {float(decrement.max()):.2g}, not "
-                    f"{self.tol:.2g}; a larger lam = {self.lam:g} or bandwidth would help.",
+                    f"KALE stopped after {self.max_iter} Newton steps at decrement {float(decrement.abs().max()):.2g}, "
+                    f"not {self.tol:.2g}; a larger lam = {self.lam:g} or bandwidth would help.",
                     ConvergenceWarning,
                     stacklevel=2,
                 )
-        # One more whole step: it makes s one, so that the particles enter with their weights.
-        return -(beta + to_beta).to(b), (1 + self.lam) / self.lam
+        # The last whole step: it makes s one, so that the particles enter with their weights.
+        return -mass * (1 + step), (1 + self.lam) / self.lam
