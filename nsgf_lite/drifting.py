@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.fields import Field
+from nsgf_lite.fields import Critic, Field
 from nsgf_lite.inputs import read_counts, read_positive
 from nsgf_lite.networks import Stack
 from nsgf_lite.streams import Stream, described
@@ -72,7 +72,7 @@ def train(
         From noise (n, k) to points (n, d); or a :class:`nsgf_lite.networks.Stack`, an ensemble that trains as one.
     field : Field, or a sequence of them
         The velocity; for a stack, one for all members or one for each. Equal neighbours are called as a batch. A field
-        that learns (:class:`nsgf_lite.fields.Critic`) is fitted to each minibatch first, and trains alone.
+        that learns (:class:`nsgf_lite.fields.Critic`) is fitted to each minibatch first, and is not for stacks.
     target : Law, Tensor or DataLoader
         The data, as :class:`nsgf_lite.streams.Stream` reads them; members of a stack get minibatches of their own.
     training : Training
@@ -88,14 +88,15 @@ def train(
     checkpoint : path
         File to resume from and to write; see :func:`nsgf_lite.training.train`.
     progress : bool
-        Show a progress bar with the loss, which is ``step² E|V|²``.
+        Show a progress bar with the loss, which is ``step² E|V|²``, summed over the members of a stack.
 
     Raises
     ------
     ValueError
-        If the data are conditional or smaller than a minibatch, dimensions disagree, or as the field.
+        If the data are conditional or smaller than a minibatch, dimensions disagree, a stack is given a field that
+        learns, or as the field.
     FloatingPointError
-        If the run diverges; the message says at which step.
+        If the run diverges, or takes the points to where the field fails; the message says at which step.
 
     Source
     ------
@@ -119,29 +120,55 @@ def train(
     fields = list(field) if isinstance(field, Sequence) else [field] * members
     if len(fields) != members:
         raise ValueError(f"field must be one, or one for each of the {members} members, got {len(fields)}")
+    parts: dict[str, Part] = {"noise": source, "target": stream}
+    learner = next((f for f in fields if hasattr(f, "fit")), None)
+    if learner is not None and stacked:
+        raise ValueError(
+            f"field must not learn where a stack is trained, got {learner!r}: train its members one by one"
+        )
+    if isinstance(learner, Critic):
+        parts["critic"] = learner
 
     def batch(of: Stream, n: int) -> Tensor:
         if not stacked:
             return of.draw(n, chance)
+        if isinstance(of.parts[0] if of.parts else None, Tensor):  # without replacement within each minibatch
+            return torch.stack([of.draw(n, chance) for _ in range(members)])
         return torch.stack(list(of.many(members * n, chance).split(n)))
 
+    def move(x: Tensor, y: Tensor) -> Tensor:
+        if stacked:
+            return velocity(fields, x, y, chance)
+        fit = getattr(fields[0], "fit", None)
+        if fit is not None:
+            fit(x, y, generator=chance)
+        return fields[0](x, y, generator=chance)
+
     def loss(network: nn.Module, number: int) -> Tensor:
-        x, y = network(batch(source, training.batch)), batch(stream, m)
+        z, y = batch(source, training.batch), batch(stream, m)
+        try:
+            x = network(z)
+        except RuntimeError as error:
+            if number or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"generator must take noise of shape {tuple(z.shape)}: {error}") from error
+        need = (*y.shape[:-2], training.batch, y.shape[-1])
+        if x.shape != need:
+            raise ValueError(f"generator must make points of shape {need}, as target has, got {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             return x.sum() * torch.nan  # which the loop reports, with the step
-        if x.shape[-1] != y.shape[-1]:
-            raise ValueError(f"generator makes points of dimension {x.shape[-1]}, and target has {y.shape[-1]}")
         here = x.detach()
-        if stacked:
-            v = velocity(fields, here, y, chance)
-        else:
-            fit = getattr(fields[0], "fit", None)
-            if fit is not None:
-                fit(here, y, generator=chance)
-            v = fields[0](here, y, generator=chance)
+        try:
+            v = move(here, y)
+        except (ValueError, FloatingPointError) as error:
+            if not number:
+                raise
+            raise FloatingPointError(
+                f"drifting stopped at step {number + 1} of {training.steps}, "
+                f"its points up to {float(here.abs().max()):.3g}: {error}"
+            ) from error
         return (x - (here + step * v).detach()).square().sum(-1).mean(-1).sum()
 
-    parts: dict[str, Part] = {"noise": source, "target": stream}
     return run(
         generator,
         loss,
@@ -149,7 +176,7 @@ def train(
         chance,
         parts=parts,
         identity={
-            "field": [described(f) for f, _ in groupby(fields)],
+            "field": [[described(f), len(list(members))] for f, members in groupby(fields)],
             "data": [repr(source), repr(stream), m],
             "step": step,
             "seed": seed,

@@ -1,11 +1,13 @@
 """A field that must learn: the gradient of a neural critic, which estimates the first variation of a divergence."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from nsgf_lite.fields.base import Warm
 from nsgf_lite.inputs import read_clouds, read_positive
@@ -17,8 +19,8 @@ _FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
     "kl": (lambda s: 1 + s, lambda s: s.exp()),
     "reverse_kl": (lambda s: -(-s).exp(), lambda s: s - 1),
     "js": (
-        lambda s: (2 * torch.sigmoid(s)).log() / 2,
-        lambda s: -(2 * torch.sigmoid(-s)).log() / 2,
+        lambda s: (math.log(2) + logsigmoid(s)) / 2,
+        lambda s: -(math.log(2) + logsigmoid(-s)) / 2,
     ),
 }
 
@@ -39,12 +41,16 @@ class Critic:
         length; 0 for none. With ``kl`` this is a neural KALE.
     make : callable
         ``make(d)`` makes the network, a module from (n, d) to (n, 1); None for :class:`nsgf_lite.networks.Residual`.
+    training : Training
+        The budget of each fit that is given none; None for 200 steps at a rate of 1e-3.
 
     Raises
     ------
     ValueError
-        If a parameter is out of range; when called, before :meth:`fit`, or as :func:`nsgf_lite.potentials`, or if
-        weights are given.
+        If a parameter is out of range; when called, before :meth:`fit`, or as :func:`nsgf_lite.potentials`, if the
+        points are not of the dimension and dtype it was fitted to, or if weights are given.
+    FloatingPointError
+        When called, if the velocity is not finite: the critic diverged, or a ratio of densities overflows.
 
     Source
     ------
@@ -58,7 +64,9 @@ class Critic:
     divergence: str = "kl"
     penalty: float = 0.0
     make: Callable[[int], nn.Module] | None = None
+    training: Training | None = None
     network: nn.Module | None = field(init=False, default=None, repr=False)
+    dimension: int = field(init=False, default=0, repr=False)
     losses: list[float] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,9 +91,10 @@ class Critic:
         x, y : Tensor
             One cloud each; minibatches of ``training.batch`` are drawn from larger ones.
         training : Training
-            The budget; by default 200 steps at a rate of 1e-3.
+            The budget; by default the critic's own.
         generator : Generator
-            Chance of the first weights and of the minibatches; by default a fresh one with seed 0.
+            Chance of the first weights and of the minibatches, on the points' device; by default a fresh one with
+            seed 0.
 
         Raises
         ------
@@ -97,11 +106,11 @@ class Critic:
         read_clouds(x=x, y=y)
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
-        training = training or Training(steps=200, rate=1e-3, decay=0, warmup=0, ema=0.0)
+        self._read(x)
+        training = training or self.training or Training(steps=200, rate=1e-3, decay=0, warmup=0, ema=0.0)
         chance = generator or torch.Generator(x.device).manual_seed(0)
         if self.network is None:
-            make = self.make or (lambda d: Residual(d, 1))
-            self.network = seeded(lambda: make(x.shape[-1]), chance).to(x)
+            self.network = self._made(x, chance)
         value, conjugate = _FORMS[self.divergence]
 
         def rows(z: Tensor) -> Tensor:
@@ -122,7 +131,40 @@ class Critic:
             return self.penalty / 4 * (size[: len(here)].mean() + size[len(here) :].mean()) - gain
 
         self.losses = train(self.network, loss, training, chance, progress=progress, name="critic")
+        self.network.to(x.device)
         return self
+
+    def _made(self, x: Tensor, chance: Generator) -> nn.Module:
+        make, d = self.make or (lambda d: Residual(d, 1)), x.shape[-1]
+        self.dimension = d
+        return seeded(lambda: make(d), chance).to(x)
+
+    def _read(self, points: Tensor) -> None:
+        """Check that the points are such as the network, if there is one, was fitted to."""
+        if self.network is None:
+            return
+        dtype = next(self.network.parameters()).dtype
+        if points.shape[-1] != self.dimension or points.dtype != dtype:
+            raise ValueError(
+                f"the critic was fitted to {dtype} points of dimension {self.dimension}, "
+                f"got {points.dtype} points of dimension {points.shape[-1]}"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """The network, for a checkpoint of what is trained with it; nothing before the first fit."""
+        if self.network is None:
+            return {}
+        weights = {f"network/{name}": value for name, value in self.network.state_dict().items()}
+        return weights | {"like": next(self.network.parameters()).new_empty(1, self.dimension)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take it up again."""
+        self.network = None
+        if state:
+            network = self._made(state["like"], Generator().manual_seed(0))
+            weights = {name.removeprefix("network/"): value for name, value in state.items() if name != "like"}
+            network.load_state_dict(weights)
+            self.network = network
 
     def __call__(
         self,
@@ -141,8 +183,14 @@ class Critic:
             raise ValueError("the critic has not been fitted: call fit(x, y) first")
         if a is not None or b is not None:
             raise ValueError("a and b must be None: the critic learns from points of equal weight")
+        self._read(points)
         value, _ = _FORMS[self.divergence]
         with torch.enable_grad():
             z = points.detach().requires_grad_()
             (slope,) = torch.autograd.grad(value(self.network(z)).sum(), z)
+        if not bool(torch.isfinite(slope).all()):
+            raise FloatingPointError(
+                f"the critic's velocity is not finite at {int((~torch.isfinite(slope)).any(-1).sum())} points: it has "
+                f"diverged, or, where the density ratio is extreme, {self.divergence}'s first variation overflows"
+            )
         return -slope
