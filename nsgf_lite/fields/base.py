@@ -1,7 +1,6 @@
 """How every field is called, and the Gaussian and Laplace affinities that most of them are made of."""
 
 import math
-import sys
 import warnings
 from typing import Protocol
 
@@ -9,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.inputs import read_clouds, read_weights
-from nsgf_lite.sinkhorn import Potentials
+from nsgf_lite.sinkhorn import Potentials, _outside
 from nsgf_lite.solver import PLANE, affinity
 
 Warm = dict[str, Potentials]
@@ -104,13 +103,10 @@ def warn_underflow(largest: Tensor, x: Tensor, y: Tensor) -> None:
     gone = largest.detach() < math.log(torch.finfo(x.dtype).tiny)
     if not bool(gone.any()):
         return
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("nsgf_lite", "torch.")):
-        level, frame = level + 1, frame.f_back
     nearest = float(torch.cdist(x.detach(), y.detach()).amin())
     warnings.warn(
         f"every affinity between particles and data underflows in {int(gone.sum())} of {gone.numel()} problems (the "
         f"nearest pair of all is {nearest:.3g} apart): the data's pull is zero there; a larger bandwidth would help.",
         UnderflowWarning,
-        stacklevel=level,
+        stacklevel=_outside(),
     )

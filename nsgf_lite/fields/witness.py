@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, median_distance, warn_underflow
 from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.sinkhorn import ConvergenceWarning
+from nsgf_lite.sinkhorn import ConvergenceWarning, _outside
 
 Bandwidth = float | tuple[float, ...] | None
 
@@ -292,7 +292,7 @@ class KALE(_Witness):
                     f"KALE stopped after {self.max_iter} Newton steps at decrement {float(decrement.abs().max()):.2g}, "
                     f"not {self.tol:.2g}; a larger lam = {self.lam:g} or bandwidth would help.",
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=_outside(),
                 )
         # The last whole step: it makes s one, so that the particles enter with their weights.
         return -mass * (1 + step), (1 + self.lam) / self.lam
