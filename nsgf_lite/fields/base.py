@@ -53,12 +53,17 @@ class Formula:
     ) -> Tensor:
         """Velocity (n, d) of the particles x (n, d) towards the data y (m, d), or (k, d) at the points `at`.
 
-        Weights a (n,), b (m,) are uniform if None; differentiable in x and `at`; `warm` is not used.
+        Weights a (n,), b (m,) are uniform if None; differentiable in x and `at`; `warm` is not used. A
+        FloatingPointError where a velocity is too large for the dtype.
         """
         points = {} if at is None else {"at": at}
         read_clouds(x=x, y=y, **points)
         a, b = read_weights("a", a, x), read_weights("b", b, y)
-        return self._velocity(x, y, at, a, b, generator)
+        velocity = self._velocity(x, y, at, a, b, generator)
+        finite = torch.isfinite(velocity.detach()).all(-1)
+        if not bool(finite.all()):
+            raise FloatingPointError(f"{self} is too large for {x.dtype} at {int((~finite).sum())} points")
+        return velocity
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
