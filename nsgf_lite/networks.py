@@ -26,6 +26,15 @@ def seeded(make: Callable[[], Module], generator: Generator) -> Module:
         return make()
 
 
+def _standardise(centre: Tensor, spread: Tensor, **cloud: Tensor) -> None:
+    read_clouds(**cloud)
+    ((name, points),) = cloud.items()
+    if points.shape[1:] != centre.shape:
+        raise ValueError(f"{name} must have shape (n, {len(centre)}), got {tuple(points.shape)}")
+    centre.copy_(points.mean(0))
+    spread.copy_((points - points.mean(0)).square().mean().sqrt().clamp_min(1e-12))
+
+
 class MLP(nn.Module):
     """Multilayer perceptron of a point x (n, d), a time t (n,) in [0, 1] and a class label (n,): SiLU hidden layers.
 
@@ -86,9 +95,7 @@ class MLP(nn.Module):
 
     def standardise(self, x: Tensor) -> None:
         """Set centre and spread to the mean and the root mean square deviation of the points x (n, d)."""
-        read_clouds(x=x)
-        self.centre.copy_(x.mean(0))
-        self.spread.copy_((x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12))
+        _standardise(self.centre, self.spread, x=x)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Value (n, d) or (n, out) at points x (n, d) and times t (n,), for the labels (n,) if there are classes."""
@@ -145,9 +152,7 @@ class Residual(nn.Module):
 
     def standardise(self, y: Tensor) -> None:
         """Set centre and spread to the mean and the root mean square deviation of the points y (n, out)."""
-        read_clouds(y=y)
-        self.centre.copy_(y.mean(0))
-        self.spread.copy_((y - y.mean(0)).square().mean().sqrt().clamp_min(1e-12))
+        _standardise(self.centre, self.spread, y=y)
 
     def forward(self, z: Tensor) -> Tensor:
         """Points (n, out) from noise z (n, inputs)."""

@@ -1167,3 +1167,85 @@ def test_a_velocity_that_overflows_is_an_error():
     with pytest.raises(FloatingPointError, match=r"Drift\(.* is too large for torch.float32 at \d points"):
         narrow(x, y, at=x)
     assert bool(torch.isfinite(narrow(x, y)).all())
+
+
+# --- few atoms in closed form, and what the fields stand on -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.4), (0.2, 0.6), (0.5, 0.5)])
+@pytest.mark.parametrize("h", [0.3, 0.6, 2.0])
+def test_two_atoms(alpha, beta, h):
+    """The exact velocities are the fields'; their expansions tend to them with κ, each at its order."""
+    atoms = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    weights = {"a": torch.tensor([beta, 1 - beta]).double(), "b": torch.tensor([alpha, 1 - alpha]).double()}
+    weights = {name: w / w.sum() for name, w in weights.items()}
+    closed = lambda name, *order: nl.closed_forms.two_atom_velocity(name, alpha, beta, 2.0, h, *order)  # noqa: E731
+    fields = {
+        "scores": F.ScoreDifference(h),
+        "proxy": F.SinkhornProxy(h * h),
+        "sinkhorn": F.Sinkhorn(h * h, tol=1e-14),
+    }
+    if alpha >= beta:
+        fields["wasserstein"] = F.Wasserstein()
+    for name, field in fields.items():
+        v = field(atoms, atoms.clone(), **weights)[1]
+        assert abs(float(v[0]) - closed(name)) < 1e-7 * abs(closed(name)) + 2e-12 and float(v[1]) == 0
+    kappa = math.exp(-2 / h**2)
+    if kappa < 0.01 and alpha > beta:
+        for name in fields:
+            exact, first, second = closed(name), closed(name, 1), closed(name, 2)
+            assert abs(first / exact - 1) < 4 * kappa and abs(second / exact - 1) < 20 * kappa**2 + 1e-14
+
+
+def test_two_atoms_refuse():
+    v = nl.closed_forms.two_atom_velocity
+    for bad in (0.0, 1.0, -0.2, NAN, "half", True):
+        refused(lambda bad=bad: v("scores", bad, 0.4, 2.0, 0.5), "alpha must lie strictly", f"got {bad!r}")
+        refused(lambda bad=bad: v("scores", 0.4, bad, 2.0, 0.5), "beta must lie strictly", f"got {bad!r}")
+    for bad in (0.0, -1.0, NAN, INF, "far", True):
+        refused(lambda bad=bad: v("proxy", 0.7, 0.4, bad, 0.5), "distance must be a positive", f"got {bad!r}")
+        refused(lambda bad=bad: v("proxy", 0.7, 0.4, 2.0, bad), "h must be a positive", f"got {bad!r}")
+    refused(lambda: v("scores", 0.7, 0.4, 2.0, 0.5, 3), "order must be None, 1 or 2", "got 3")
+    refused(lambda: v("kl", 0.7, 0.4, 2.0, 0.5), "field must be 'scores'", "got 'kl'")
+    refused(lambda: v("wasserstein", 0.4, 0.7, 2.0, 0.5), "alpha >= beta", "0.4 and 0.7")
+    refused(lambda: v("sinkhorn", 0.4, 0.7, 2.0, 0.5, 1), "alpha > beta", "0.4 and 0.7")
+
+
+@pytest.mark.parametrize("h", [0.2, 1.0, 3.0])
+def test_the_cross(h):
+    """The closed form is the proxy's velocity, and its curl that of differences."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    velocity, curl = nl.closed_forms.cross_velocity, nl.closed_forms.cross_curl
+    z = torch.cat([Z, torch.tensor([[1.0, 1.0], [0.0, 0.0], [3.0, -2.0]], dtype=torch.float64)])
+    close(velocity(z, h), F.SinkhornProxy(h * h)(x, x.flip(1), at=z), 1e-11)
+    step = 1e-5
+    right, up = torch.tensor([[step, 0.0], [0.0, step]], dtype=torch.float64)
+    differences = velocity(z + right, h)[:, 1] - velocity(z - right, h)[:, 1]
+    differences -= velocity(z + up, h)[:, 0] - velocity(z - up, h)[:, 0]
+    close(curl(z, h), differences / (2 * step), 1e-7)
+    if h == 1:
+        assert float(curl(z)[4]) == pytest.approx(-0.710614, abs=1e-6)
+    for function in (velocity, curl):
+        refused(lambda function=function: function(normal(4, 3)), r"points must have shape \(k, 2\)", r"\(4, 3\)")
+        refused(lambda function=function: function(Z, 0.0), "h must be a positive", "got 0.0")
+        refused(lambda function=function: function(spoiled(Z, NAN)), "points must be finite")
+        assert bool(torch.isfinite(function(1e3 * Z, h)).all())
+
+
+def test_residual_networks():
+    z, y = normal(9, 3, dtype=torch.float32), normal(50, 2, dtype=torch.float32) * 3 + 7
+    net = nl.networks.seeded(lambda: nl.networks.Residual(3, 2, width=8, depth=2), chance())
+    raw = net(z)
+    net.standardise(y)
+    spread = float((y - y.mean(0)).square().mean().sqrt())
+    close(net(z).detach(), (raw * spread + y.mean(0)).detach(), 1e-5)
+    h = net.first(z)
+    for norm, first, act, second in net.blocks:
+        h = h + second(act(first(norm(h))))
+    close(raw.detach(), net.last(h).detach(), 1e-6)
+    for bad in ({"inputs": 0}, {"out": -1}, {"width": 2.5}, {"depth": 0}):
+        refused(lambda bad=bad: nl.networks.Residual(**{"inputs": 3, "out": 2} | bad), f"{next(iter(bad))} must be")
+    refused(lambda: net.standardise(spoiled(y, NAN)), "y must be finite")
+    for bad in (y[:, :1], normal(4, 3), y[None]):
+        refused(lambda bad=bad: net.standardise(bad), r"y must have shape \(n, 2\)", "got ")
+        refused(lambda bad=bad: nl.networks.MLP(2).standardise(bad), r"x must have shape \(n, 2\)", "got ")
