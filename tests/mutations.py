@@ -108,6 +108,29 @@ MUTATIONS = [
     Mutation("W_2 of Gaussians with half the cross term", "segments", "B.trace() - 2 * cross", "B.trace() - cross"),
     Mutation("segments run backwards", "straight", "return (1 - t) * x0 + t * x1, x1 - x0", "return t * x0 + (1 - t) * x1, x1 - x0"),
     Mutation("second phase always of length one", "nsgf", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
+    # witnesses, critics, slices
+    Mutation("witness descended without one over h squared", "fields/witness", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h / h", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h"),
+    Mutation("MMD's velocity without its 2", "fields/witness", "return -b, 2.0", "return -b, 1.0"),
+    Mutation("witness of the data alone", "fields/witness", "return (scale * (towards + away)).to(points)", "return (scale * towards).to(points)"),
+    Mutation("regularised chi-squared: data's coefficients without their one", "fields/witness", "return -(b * (1 + g)),", "return -(b * g),"),
+    Mutation("regularised chi-squared without 1 + lambda", "fields/witness", "2 * (1 + self.lam) / self.lam", "2 / self.lam"),
+    Mutation("ridge of twice the size", "fields/witness", "A = A + lam * torch.eye", "A = A + 2 * lam * torch.eye"),
+    Mutation("KALE linearised", "fields/witness", "mass = b * at_y.exp()", "mass = b * (1 + at_y)"),
+    Mutation("KALE without 1 + lambda", "fields/witness", "return -mass * (1 + step), (1 + self.lam) / self.lam", "return -mass * (1 + step), 1 / self.lam"),
+    Mutation("reverse KL's critic with the sign of the ratio turned", "fields/critic", "lambda s: -(-s).exp(), lambda s: s - 1", "lambda s: -s.exp(), lambda s: s - 1"),
+    Mutation("KL's critic uphill", "fields/critic", "return -slope", "return slope"),
+    Mutation("Jensen and Shannon's critic without its one half", "fields/critic", "lambda s: (math.log(2) + logsigmoid(s)) / 2", "lambda s: math.log(2) + logsigmoid(s)"),
+    Mutation("slices summed and not averaged", "fields/transport", "theta / self.directions", "theta"),
+    Mutation("slices: the line's monotone plan reversed", "fields/transport", "order_u, order_v = u.argsort(-1), v.argsort(-1)", "order_u, order_v = u.argsort(-1), v.argsort(-1, descending=True)"),
+    Mutation("slices in directions that are not of length one", "fields/transport", "theta = theta / theta.norm(dim=-1, keepdim=True)", "theta = theta / theta.norm(dim=-1, keepdim=True) ** 2"),
+    # one-step generators, smoothed scores
+    Mutation("mean shift without the crowd", "fields/scores", "        return towards - away", "        return towards - z"),
+    Mutation("mean shift blind to the data's weights", "fields/scores", "log_kernel(z, y, self.h) + b.log().unsqueeze(-2), y", "log_kernel(z, y, self.h), y"),
+    Mutation("Gaussian kernel of twice its variance", "fields/base", "exponent = cost / -(h * h)", "exponent = cost / -(2 * h * h)"),
+    Mutation("smoothed flow with the scores unsmoothed", "fields/scores", "moved = z + self.h * noise", "moved = z + 0 * noise"),
+    Mutation("smoothed flow in units of length", "fields/scores", "return velocity / self.h / self.h", "return velocity"),
+    Mutation("drifting away from the goal", "drifting", "(here + step * v).detach()", "(here - step * v).detach()"),
+    Mutation("drifting with a step of its own", "drifting", "(here + step * v).detach()", "(here + v).detach()"),
 ]  # fmt: skip
 
 
