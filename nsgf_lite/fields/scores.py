@@ -39,7 +39,7 @@ class ScoreDifference(Formula):
 
     Used in
     -------
-    :doc:`/book/drifting_models`
+    :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`
     """
 
     h: float
@@ -84,7 +84,7 @@ class SmoothedKL(Formula):
 
     Used in
     -------
-    :doc:`/book/drifting_models`
+    :prf:ref:`thm-smoothed-kl-flow`
     """
 
     h: float
