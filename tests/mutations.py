@@ -131,6 +131,16 @@ MUTATIONS = [
     Mutation("smoothed flow in units of length", "fields/scores", "return velocity / self.h / self.h", "return velocity"),
     Mutation("drifting away from the goal", "drifting", "(here + step * v).detach()", "(here - step * v).detach()"),
     Mutation("drifting with a step of its own", "drifting", "(here + step * v).detach()", "(here + v).detach()"),
+    # one normalisation and cross weights
+    Mutation("proxy without cross weights", "fields/scores", "factor = log_towards + log_away", "factor = log_towards"),
+    Mutation("proxy, columns not normalised", "fields/scores", "(u - row) / 2, (v - column) / 2", "(u - row) / 2, v"),
+    Mutation("proxy, whole steps for half ones", "fields/scores", "(u - row) / 2, (v - column) / 2, (w - at_row) / 2", "u - row, v - column, w - at_row"),
+    Mutation("proxy, columns ignore the particles' weights", "fields/scores", "torch.logsumexp(K + (u + a.log()).unsqueeze(-1), -2)", "torch.logsumexp(K + u.unsqueeze(-1), -2)"),
+    Mutation("proxy never normalises twice", "fields/scores", "for _ in range(self.iterations):", "for _ in range(1):"),
+    Mutation("proxy with eps for its root", "fields/scores", "h = self.eps**0.5", "h = self.eps"),
+    Mutation("proxy's self term transposes its weights", "fields/scores", "self._images(x, x, at, a, a, own=True)", "self._images(x, x, at, a, a.flip(-1), own=True)"),
+    Mutation("Algorithm 2, softmaxes without the root", "fields/scores", "K - (row.unsqueeze(-1) + column.unsqueeze(-2)) / 2", "K - (row.unsqueeze(-1) + column.unsqueeze(-2))"),
+    Mutation("Algorithm 2, rows never concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
 ]  # fmt: skip
 
 

@@ -152,7 +152,8 @@ class SinkhornProxy(Formula):
 
     Used in
     -------
-    :doc:`/book/sinkhorn_proxy`
+    :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
+    :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`
     """
 
     eps: float
@@ -224,7 +225,7 @@ class Drift(Formula):
 
     Used in
     -------
-    :doc:`/book/sinkhorn_proxy`, :doc:`/book/two_mode_failure`
+    :prf:ref:`thm-drift-is-proxy`, :doc:`/book/two_mode_failure`
     """
 
     temperatures: tuple[float, ...] = (0.05,)
