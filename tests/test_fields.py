@@ -16,6 +16,7 @@ from test_bad_input import CLOUDS, INF, NAN, WEIGHTS, cloud, refused, spoiled
 from torch import Generator
 
 import nsgf_lite as nl
+from nsgf_lite.fields.base import log_kernel
 from nsgf_lite.fields.witness import solve_ridge
 
 F = nl.fields
@@ -390,6 +391,8 @@ def test_sliced_weights_that_are_small_or_a_little_off():
         a = torch.tensor([0.5, 0.5 - tiny, tiny], dtype=torch.float64)
         there = x + F.SlicedWasserstein(3)(x, y, a=a, generator=chance())
         close(there, [[10.3], [11.7], [11.7 if tiny else 2.0]])
+    off = F.SlicedWasserstein(6)(X, Y, a=A * (1 + 9e-7), b=B * (1 - 9e-7), generator=chance(3))
+    close(off, F.SlicedWasserstein(6)(X, Y, a=A, b=B, generator=chance(3)))
     a = torch.tensor([0.5, 0.5, 5e-5])  # within what float32 allows
     close(x + F.SlicedWasserstein(3)(x.float(), y.float(), a=a, generator=chance()), [[10.3], [11.7], [11.7]], 1e-4)
 
@@ -882,8 +885,16 @@ def test_single_precision(name, d):
     v = field(x, y)
     assert v.dtype == torch.float32
     close(v, field(x.double(), y.double()), 2e-4 if d == 2 else 2e-3)
-    offset = field(x + 100, y + 100)  # rounding of the points is all that it costs
+    offset = field(x + 1000, y + 1000)  # rounding of the points is all that it costs
     assert float((offset - v).abs().max()) < (3e-2 if d == 784 else 1e-2) * float(v.abs().max()) + 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace"])
+def test_a_point_is_at_no_distance_from_itself(kernel):
+    """Whatever the rounding of inner products says."""
+    x = normal(20, 784, dtype=torch.float32) + 5
+    exponent = log_kernel(x, x, 0.3, kernel, own=True)
+    assert float(exponent.diagonal().abs().max()) == 0 and float(exponent.max()) == 0
 
 
 @pytest.mark.parametrize("d", [2, 784])
@@ -914,6 +925,15 @@ def test_critic_the_same_chance_twice():
     )(X, Y)
     assert torch.equal(fit(1), fit(1)) and not torch.equal(fit(1), fit(2)) and torch.equal(fit(None), fit(None))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_particles_that_follow_come_nearer(name):
+    """With warm starts and chance passed on; steps a tenth of the way at first."""
+    x, y = normal(30, 2), normal(30, 2, seed=1) * 0.5 + torch.tensor([1.5, -1.0])
+    speed = call(name, x, y).square().sum(-1).mean().sqrt()
+    path = nl.follow(EVERY[name], x, y, 0.1 * nl.metrics.w2(x, y) / float(speed), 8, generator=chance(2))
+    assert path.shape == (9, 30, 2) and nl.metrics.w2(path[-1], y) < 0.98 * nl.metrics.w2(x, y)
 
 
 def test_fields_are_values():
