@@ -104,7 +104,7 @@ def train(
 
     Used in
     -------
-    :prf:ref:`thm-surrogate-gradient`, :doc:`/book/drifting_models`
+    :prf:ref:`thm-surrogate-gradient`, :doc:`/book/drifting_models`, :doc:`/book/field_zoo`
     """
     training = training or Training()
     m = training.batch if data is None else data

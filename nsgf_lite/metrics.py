@@ -26,7 +26,7 @@ def w2(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -
     -------
     :prf:ref:`thm-small-eps`, :doc:`/book/intro`, :doc:`/book/wasserstein_gradient_flows`,
     :doc:`/book/sinkhorn_first_variation`, :doc:`/book/mean_field_limit`, :doc:`/book/neural_sinkhorn_flow`,
-    :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`, :doc:`/book/speed`
+    :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`, :doc:`/book/speed`, :doc:`/book/field_zoo`
     """
     P = exact_plan(x, y, a, b)
     distance = torch.cdist(x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -49,7 +49,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
 
     Used in
     -------
-    No chapter yet.
+    :prf:ref:`thm-mmd-variation`
     """
     read_clouds(x=x, y=y)
     if x.ndim != 2:

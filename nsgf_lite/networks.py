@@ -180,7 +180,7 @@ class Stack(nn.Module):
 
     Used in
     -------
-    :func:`nsgf_lite.fit_together`
+    :func:`nsgf_lite.fit_together`, :doc:`/book/field_zoo`
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:

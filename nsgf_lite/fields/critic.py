@@ -58,7 +58,7 @@ class Critic:
 
     Used in
     -------
-    :doc:`/book/field_zoo`
+    :prf:ref:`thm-f-divergence-critic`
     """
 
     divergence: str = "kl"

@@ -128,7 +128,7 @@ class SlicedWasserstein(Formula):
 
     Used in
     -------
-    :doc:`/book/field_zoo`
+    :prf:ref:`thm-sliced-variation`
     """
 
     directions: int = 64

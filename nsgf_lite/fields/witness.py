@@ -127,7 +127,7 @@ class MMD(_Witness):
 
     Used in
     -------
-    :doc:`/book/field_zoo`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-mmd-variation`
     """
 
     h: Bandwidth = None
@@ -167,7 +167,7 @@ class DrMMD(_Witness):
 
     Used in
     -------
-    :doc:`/book/field_zoo`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-drmmd-variation`
     """
 
     lam: float
@@ -233,7 +233,7 @@ class KALE(_Witness):
 
     Used in
     -------
-    :doc:`/book/field_zoo`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-kale-variation`
     """
 
     lam: float
