@@ -141,6 +141,19 @@ MUTATIONS = [
     Mutation("proxy's self term transposes its weights", "fields/scores", "self._images(x, x, at, a, a, own=True)", "self._images(x, x, at, a, a.flip(-1), own=True)"),
     Mutation("Algorithm 2, softmaxes without the root", "fields/scores", "K - (row.unsqueeze(-1) + column.unsqueeze(-2)) / 2", "K - (row.unsqueeze(-1) + column.unsqueeze(-2))"),
     Mutation("Algorithm 2, rows never concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
+    # two modes: closed forms and the fields at the right one
+    Mutation("two modes, scores by the model's crowd twice", "atoms", "gap / (here * there)", "gap / (there * there)"),
+    Mutation("two modes, proxy without the kernel in its column", "atoms", "math.sqrt((beta + right * k) * here)", "math.sqrt(beta * here)"),
+    Mutation("two modes, exact transport's share of everything", "atoms", "return -distance * gap / right", "return -distance * gap"),
+    Mutation("two modes, Sinkhorn without its self plan", "atoms", "float(moved - own) / right", "float(moved) / right"),
+    Mutation("exact plan's image not divided by the mass", "fields/transport", "P @ y.to(P) / mass.clamp_min(1e-300)", "P @ y.to(P)"),
+    Mutation("proxy's columns forget the particles' weights", "fields/scores", "torch.logsumexp(K + (u + a.log()).unsqueeze(-1), -2)", "torch.logsumexp(K + u.unsqueeze(-1), -2)"),
+    Mutation("drift's affinities without their floor", "fields/scores", "A.exp().clamp_min(self.floor)", "A.exp()"),
+    Mutation("drift's rows not concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
+    # the cross, in closed form
+    Mutation("cross's curl without the product of its tangents", "atoms", "torch.tanh(u) * torch.tanh(v) - points[..., 0]", "-points[..., 0]"),
+    Mutation("cross's factor without its constant", "atoms", "torch.exp(log_mix - log_scale)", "torch.exp(log_mix)"),
+    Mutation("cross, the data's pull turned", "atoms", "[-torch.tanh(u), torch.tanh(v)], -1)", "[-torch.tanh(u), -torch.tanh(v)], -1)"),
 ]  # fmt: skip
 
 
