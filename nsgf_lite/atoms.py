@@ -31,7 +31,7 @@ def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Ten
 
     Used in
     -------
-    :prf:ref:`thm-two-atoms`
+    :prf:ref:`thm-two-atoms`, :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-cluster-split`
     """
     _read_masses(alpha, beta)
     read_positive(distance=distance, eps=eps)
@@ -75,7 +75,8 @@ def two_atom_velocity(
 
     Used in
     -------
-    :doc:`/book/two_mode_failure`
+    :prf:ref:`thm-two-modes-scores`, :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-two-modes-wasserstein`,
+    :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-float32-horizon`, :prf:ref:`thm-cluster-split`
     """
     _read_masses(alpha, beta)
     read_positive(distance=distance, h=h)

@@ -147,9 +147,7 @@ MUTATIONS = [
     Mutation("two modes, exact transport's share of everything", "atoms", "return -distance * gap / right", "return -distance * gap"),
     Mutation("two modes, Sinkhorn without its self plan", "atoms", "float(moved - own) / right", "float(moved) / right"),
     Mutation("exact plan's image not divided by the mass", "fields/transport", "P @ y.to(P) / mass.clamp_min(1e-300)", "P @ y.to(P)"),
-    Mutation("proxy's columns forget the particles' weights", "fields/scores", "torch.logsumexp(K + (u + a.log()).unsqueeze(-1), -2)", "torch.logsumexp(K + u.unsqueeze(-1), -2)"),
     Mutation("drift's affinities without their floor", "fields/scores", "A.exp().clamp_min(self.floor)", "A.exp()"),
-    Mutation("drift's rows not concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
     # the cross, in closed form
     Mutation("cross's curl without the product of its tangents", "atoms", "torch.tanh(u) * torch.tanh(v) - points[..., 0]", "-points[..., 0]"),
     Mutation("cross's factor without its constant", "atoms", "torch.exp(log_mix - log_scale)", "torch.exp(log_mix)"),

@@ -39,7 +39,8 @@ class ScoreDifference(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`
+    :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`, :prf:ref:`thm-two-modes-scores`,
+    :prf:ref:`thm-mass-blindness`
     """
 
     h: float
@@ -153,7 +154,8 @@ class SinkhornProxy(Formula):
     Used in
     -------
     :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
-    :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`
+    :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`,
+    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`
     """
 
     eps: float
@@ -225,7 +227,7 @@ class Drift(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-drift-is-proxy`, :doc:`/book/two_mode_failure`
+    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-affinity-floor`, :prf:ref:`thm-floor-rest`
     """
 
     temperatures: tuple[float, ...] = (0.05,)

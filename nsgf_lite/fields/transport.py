@@ -36,7 +36,8 @@ class Sinkhorn:
     Used in
     -------
     :prf:ref:`thm-first-variation`, :prf:ref:`thm-sinkhorn-velocity`, :prf:ref:`thm-velocity-lipschitz`,
-    :prf:ref:`thm-velocity-stability`, :prf:ref:`thm-gaussian-stays-gaussian`, :prf:ref:`thm-overshoot`
+    :prf:ref:`thm-velocity-stability`, :prf:ref:`thm-gaussian-stays-gaussian`, :prf:ref:`thm-overshoot`,
+    :prf:ref:`thm-two-modes-sinkhorn`
     """
 
     eps: float
@@ -83,7 +84,8 @@ class Wasserstein:
 
     Used in
     -------
-    :prf:ref:`thm-geometric-approach`, :doc:`/book/optimal_transport`, :doc:`/book/mean_field_limit`
+    :prf:ref:`thm-geometric-approach`, :prf:ref:`thm-two-modes-wasserstein`, :doc:`/book/optimal_transport`,
+    :doc:`/book/mean_field_limit`
     """
 
     def __call__(
