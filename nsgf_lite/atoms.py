@@ -136,7 +136,7 @@ def cross_velocity(points: Tensor, h: float = 1.0) -> Tensor:
 
     Used in
     -------
-    :doc:`/book/non_gradient_curl`
+    :doc:`/book/non_gradient_curl`, :prf:ref:`thm-cross-curl`
     """
     u, v, C = _cross(points, h)
     return (C / h**2).unsqueeze(-1) * torch.stack([-torch.tanh(u), torch.tanh(v)], -1)
@@ -152,7 +152,7 @@ def cross_curl(points: Tensor, h: float = 1.0) -> Tensor:
 
     Used in
     -------
-    :doc:`/book/non_gradient_curl`
+    :doc:`/book/non_gradient_curl`, :prf:ref:`thm-cross-curl`, :prf:ref:`thm-loop-work`
     """
     u, v, C = _cross(points, h)
     return C / h**4 * (torch.tanh(u) * torch.tanh(v) - points[..., 0] * torch.tanh(v) - points[..., 1] * torch.tanh(u))

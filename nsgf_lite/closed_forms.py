@@ -116,7 +116,8 @@ def gaussian_map(A: Matrix, B: Matrix, eps: float) -> Tensor:
 
     Used in
     -------
-    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-two-curves`
+    :prf:ref:`thm-gaussian-plan`, :prf:ref:`thm-gaussian-sinkhorn-flow`, :prf:ref:`thm-two-curves`,
+    :prf:ref:`thm-tangent-projection`
     """
     return _slope(*_read(A, B, eps))
 

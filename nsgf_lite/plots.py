@@ -59,7 +59,7 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
     -------
     :doc:`/book/intro`, :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`,
     :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`,
-    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`
+    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`, :doc:`/book/non_gradient_curl`
     """
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
@@ -78,7 +78,8 @@ def arrows(ax: "Axes", x: Tensor, v: Tensor, color: str = GREY, **options: Any) 
 
     Used in
     -------
-    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`
+    :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`,
+    :doc:`/book/non_gradient_curl`
     """
     if x.shape != v.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x and v must both have shape (n, 2), got {tuple(x.shape)} and {tuple(v.shape)}")
@@ -110,7 +111,7 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
     -------
     :doc:`/book/optimal_transport`, :doc:`/book/sinkhorn_divergence`, :doc:`/book/wasserstein_gradient_flows`,
     :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`,
-    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`
+    :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`, :doc:`/book/non_gradient_curl`
     """
     from ipywidgets import HTML, IntSlider, Layout, Stack, VBox, jslink
 

@@ -40,7 +40,7 @@ class ScoreDifference(Formula):
     Used in
     -------
     :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`, :prf:ref:`thm-two-modes-scores`,
-    :prf:ref:`thm-mass-blindness`
+    :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-kl-field-not-a-gradient`
     """
 
     h: float
@@ -155,7 +155,7 @@ class SinkhornProxy(Formula):
     -------
     :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
     :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`,
-    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`
+    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`
     """
 
     eps: float

@@ -37,7 +37,7 @@ class Sinkhorn:
     -------
     :prf:ref:`thm-first-variation`, :prf:ref:`thm-sinkhorn-velocity`, :prf:ref:`thm-velocity-lipschitz`,
     :prf:ref:`thm-velocity-stability`, :prf:ref:`thm-gaussian-stays-gaussian`, :prf:ref:`thm-overshoot`,
-    :prf:ref:`thm-two-modes-sinkhorn`
+    :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-loop-work`, :prf:ref:`thm-second-variation`
     """
 
     eps: float
@@ -85,7 +85,7 @@ class Wasserstein:
     Used in
     -------
     :prf:ref:`thm-geometric-approach`, :prf:ref:`thm-two-modes-wasserstein`, :doc:`/book/optimal_transport`,
-    :doc:`/book/mean_field_limit`
+    :doc:`/book/mean_field_limit`, :prf:ref:`thm-second-variation`
     """
 
     def __call__(
@@ -130,7 +130,7 @@ class SlicedWasserstein(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-sliced-variation`
+    :prf:ref:`thm-sliced-variation`, :prf:ref:`thm-second-variation`
     """
 
     directions: int = 64

@@ -127,7 +127,8 @@ class MMD(_Witness):
 
     Used in
     -------
-    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-mmd-variation`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-mmd-variation`,
+    :prf:ref:`thm-second-variation`
     """
 
     h: Bandwidth = None
@@ -167,7 +168,8 @@ class DrMMD(_Witness):
 
     Used in
     -------
-    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-drmmd-variation`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-drmmd-variation`,
+    :prf:ref:`thm-second-variation`
     """
 
     lam: float
@@ -233,7 +235,8 @@ class KALE(_Witness):
 
     Used in
     -------
-    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-kale-variation`
+    :prf:ref:`thm-lone-particle`, :prf:ref:`thm-kernel-descent`, :prf:ref:`thm-kale-variation`,
+    :prf:ref:`thm-second-variation`
     """
 
     lam: float
