@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_counts, read_positive
 from nsgf_lite.models import Flow, NetworkFactory, call
-from nsgf_lite.networks import MLP, seeded
+from nsgf_lite.networks import MLP
 from nsgf_lite.training import Training, machine, train
 
 
@@ -51,6 +51,7 @@ class EPT(Flow):
     """
 
     alone: ClassVar[bool] = True
+    outputs: ClassVar[int | None] = 1
 
     step: float = 0.1
     steps: int = 100
@@ -64,10 +65,7 @@ class EPT(Flow):
         read_counts(steps=self.steps, particles=self.particles)
 
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
-        make = self.network or (lambda d, classes: MLP(d, out=1, classes=classes))
-        self.velocity = seeded(lambda: make(self.dimension, self.classes), generator).to(generator.device)
-        if points is not None and isinstance(self.velocity, MLP):
-            self.velocity.standardise(points)
+        super()._make(generator, points)
         self.kept = [copy.deepcopy(self.velocity) for _ in range(self.steps)]
         return self.velocity
 

@@ -35,6 +35,7 @@ class Flow:
     """
 
     alone: ClassVar[bool] = False  # whether the model cannot train in a stack with others
+    outputs: ClassVar[int | None] = None  # of the network that is made by default; None for a velocity
 
     velocity: nn.Module = field(init=False, repr=False)
     source: Stream = field(init=False, repr=False)
@@ -94,7 +95,7 @@ class Flow:
         return self._make(generator, torch.cat(first))
 
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
-        make = getattr(self, "network", None) or (lambda d, classes: MLP(d, classes=classes))
+        make = getattr(self, "network", None) or (lambda d, classes: MLP(d, out=self.outputs, classes=classes))
         self.velocity = seeded(lambda: make(self.dimension, self.classes), generator).to(generator.device)
         if points is not None and isinstance(self.velocity, MLP):
             self.velocity.standardise(points)
