@@ -103,6 +103,24 @@ def test_the_critic_as_a_field():
     assert distance() < 0.7 * before
 
 
+def test_a_field_that_learns_is_fitted_to_the_minibatch_by_the_chance_of_the_run():
+    told = []
+
+    class Learner:
+        def fit(self, x, y, *, generator):
+            told.append((x, y, generator))
+
+        def __call__(self, x, y, at=None, a=None, b=None, generator=None, warm=None):
+            told.append((x, y, generator))
+            return y - x
+
+    train(network(), Learner())
+    assert len(told) == 60 and isinstance(told[0][2], torch.Generator)
+    for fit, called in zip(told[::2], told[1::2], strict=True):
+        assert fit[0] is called[0] and fit[1] is called[1] and fit[2] is called[2] is told[0][2]
+        assert not fit[0].requires_grad
+
+
 # --- stacks -----------------------------------------------------------------------------------------------------------
 
 
