@@ -16,6 +16,7 @@ Then an ensemble of twenty one-step generators as one stack against a loop of tw
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from benchmarks.problems import problem
 from benchmarks.provenance import ROOT, provenance
 
 RECORD = ROOT / "book" / "results" / "fields_benchmark.json"
-MEMBERS, BATCH, WIDTHS, STEPS, DRAWS, DIRECTIONS, LAM = 20, 128, (32, 64, 128), 20, 16, 64, 0.1
+MEMBERS, BATCHES, WIDTHS, STEPS, DRAWS, DIRECTIONS, LAM = 20, (64, 128), (32, 64, 128), 20, 16, 64, 0.1
 Velocity = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -221,14 +222,14 @@ def compare(rounds: int) -> list[dict]:
 
 
 def ensembles(rounds: int) -> list[dict]:
-    """Milliseconds of a training step for each member, alone and stacked, by width; the field is DA2."""
+    """Milliseconds of a training step for each member, alone and stacked, by batch and width; the field is DA2."""
     rows, field, law = [], F.Drift(), nl.toy.Moons(0.1, 2.0, -1.0)
-    training = nl.Training(steps=STEPS, batch=BATCH, warmup=0, ema=0.0)
-    for width in WIDTHS:
+    for batch, width in itertools.product(BATCHES, WIDTHS):
+        training = nl.Training(steps=STEPS, batch=batch, warmup=0, ema=0.0)
         nets = [nl.networks.seeded(partial(nl.networks.Residual, 2, 2, width), chance()) for _ in range(MEMBERS)]
         stack = nl.networks.Stack(nets)
         times: dict[str, list[float]] = {"loop": [], "stack": []}
-        for _ in tqdm(range(rounds), desc=f"width {width}"):
+        for _ in tqdm(range(rounds), desc=f"batch {batch}, width {width}"):
             start = time.perf_counter()
             for net in nets:
                 nl.drifting.train(net, field, law, training, progress=False)
@@ -236,9 +237,11 @@ def ensembles(rounds: int) -> list[dict]:
             nl.drifting.train(stack, field, law, training, progress=False)
             times["loop"].append(1e3 * (middle - start) / MEMBERS / STEPS)
             times["stack"].append(1e3 * (time.perf_counter() - middle) / MEMBERS / STEPS)
-        row = {"width": width, **{name: statistics.median(values) for name, values in times.items()}}
+        row = {"batch": batch, "width": width, **{name: statistics.median(values) for name, values in times.items()}}
         rows.append(row)
-        print(f"width {width:3d}: loop {row['loop']:.2f} ms, stack {row['stack']:.2f} ms a member and step")
+        print(
+            f"batch {batch}, width {width:3d}: loop {row['loop']:.2f} ms, stack {row['stack']:.2f} ms a member and step"
+        )
     return rows
 
 
@@ -249,7 +252,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    out = {"members": MEMBERS, "batch": BATCH, "ensembles": ensembles(max(3, given.rounds // 4))}
+    out = {"members": MEMBERS, "ensembles": ensembles(max(3, given.rounds // 4))}
     out["rows"] = compare(given.rounds)
     if given.record:
         libraries = ["nsgf-lite", "torch", "POT", "scipy"]
