@@ -511,9 +511,9 @@ def test_hopeless_temperature(problem):
 def test_nobody_is_silent(call, monkeypatch):
     """Every function that solves warns when the solve has stopped early, at the caller's line."""
     x, y, _, _ = clouds(18)
-    solve, original = getattr(nl, call, None), nl.fields.barycentric_map
+    solve, original = getattr(nl, call, None), nl.barycentric_map
     if call == "field":
-        monkeypatch.setattr(nl.fields, "barycentric_map", lambda *a, **k: original(*a, **k, max_iter=2))
+        monkeypatch.setattr(nl.fields.transport, "barycentric_map", lambda *a, **k: original(*a, **k, max_iter=2))
         solve = lambda x, y, eps, tol, max_iter: nl.fields.Sinkhorn(eps, tol)(x, y)  # noqa: E731
     with pytest.warns(nl.ConvergenceWarning, match=r"stopped after \d steps at marginal error \d") as caught:
         solve(x, y, 0.3, tol=1e-10, max_iter=2)
