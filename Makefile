@@ -46,8 +46,8 @@ test: lint wheel book unit mutations notebook-checks browser
 
 # The paired .ipynb (executed, with the outputs of the claim cells only) and the notebooks for Colab.
 notebooks: .venv/.installed
-	$(BIN)/python tools/notebooks.py write
-	$(BIN)/python tools/notebooks.py colab
+	$(BIN)/python tools/notebooks.py
+	$(BIN)/python tools/colab.py
 
 # make repository URL=https://… : the one repository setting, and every place where it is written out.
 repository:

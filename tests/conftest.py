@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -27,6 +29,27 @@ def wheel_kernel():
     if os.environ.get("CI"):
         pytest.fail("missing on CI: the kernel nsgf-wheel (make wheel)", pytrace=False)
     return "python3"
+
+
+def sharp(measured, bound, at_least=1 / 3):
+    """The bound holds here and nearly bites: with its constant times `at_least` the statement would be false.
+
+    Where the environment variable NSGF_SHARP names a file, a line with the ratio is added to it: the theorem index
+    shows the largest of each theorem.
+    """
+    measured, bound = float(measured), float(bound)
+    assert math.isfinite(measured) and math.isfinite(bound) and bound > 0, f"{measured} against {bound}"
+    assert measured <= bound * (1 + 1e-9), f"the bound is broken: {measured:.6g} > {bound:.6g}"
+    assert measured > at_least * bound, f"the bound does not bite: {measured:.6g} of {bound:.6g}"
+    if file := os.environ.get("NSGF_SHARP"):
+        line = {"test": os.environ["PYTEST_CURRENT_TEST"], "ratio": measured / bound, "at_least": at_least}
+        with open(file, "a", encoding="utf-8") as record:
+            record.write(json.dumps(line) + "\n")
+
+
+def damaged(what, holds):
+    """The statement damaged in a sign, exponent, constant or hypothesis is false here: `holds` is what it says."""
+    assert not bool(holds), f"the damaged statement holds: {what}"
 
 
 @pytest.fixture(autouse=True, scope="session")

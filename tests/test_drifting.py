@@ -11,8 +11,9 @@ from test_training import Fuse, same
 from torch import nn
 
 import nsgf_lite as nl
-from nsgf_lite import checkpoints, drifting
+from nsgf_lite.models import drifting
 from nsgf_lite.networks import Residual, Stack, seeded
+from nsgf_lite.training import checkpoints
 
 F = nl.fields
 MOONS = nl.toy.Moons()

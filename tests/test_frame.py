@@ -1,6 +1,7 @@
 """What holds the house together: lists of versions, configuration, vendored files, workflows, generated tables."""
 
 import ast
+import graphlib
 import hashlib
 import importlib.metadata
 import json
@@ -319,7 +320,9 @@ def test_the_api_page_has_every_public_name():
     for name in nl.__all__:
         value = getattr(nl, name)
         directive = (
-            r"automodule:: nsgf_lite\." if isinstance(value, ModuleType) else r"auto(?:function|class|exception):: "
+            r"automodule:: nsgf_lite\.(?:\w+\.)?"
+            if isinstance(value, ModuleType)
+            else r"auto(?:function|class|exception):: "
         )
         assert re.search(rf"^\.\. {directive}{name}$", page, re.M), name
         assert (value.__doc__ or "").strip(), f"{name} has no docstring"
@@ -332,12 +335,12 @@ def documented():
     for home in homes:
         for name, value in vars(home).items():
             ours = getattr(value, "__module__", "").startswith("nsgf_lite") and not name.startswith("_")
-            if ours and (home is nl or value.__module__ == home.__name__):
+            if ours and (home is nl or value.__module__.startswith(home.__name__)):
                 section = re.search(r"Used in\n +-+\n(.+)", value.__doc__ or "", re.S)
                 yield f"{home.__name__}.{name}", section[1] if section else ""
 
 
-API = {f"nsgf_lite.{name}" for name in re.findall(r"automodule:: nsgf_lite\.(\w+)", read("book/api.md"))}
+API = {f"nsgf_lite.{name}" for name in re.findall(r"automodule:: nsgf_lite\.([\w.]+)", read("book/api.md"))}
 DOCUMENTED = dict(documented())
 
 
@@ -351,6 +354,63 @@ def test_chapters_and_theorems_that_a_docstring_names_use_it(name):
     for label in re.findall(r":prf:ref:`(.+?)`", section):
         tests = f"tests/test_thm_{chapter[label].removeprefix('book/')}.py"
         assert call.search(read(f"{chapter[label]}.md")) or call.search(read(tests)), f"{label} does not use it"
+
+
+# --- the house ----------------------------------------------------------------------------------------------------
+
+
+def floors():
+    """The lines of CONTRIBUTING's picture from the bottom up: the rooms and single files on each."""
+    picture = re.search(r"without circles:\n\n((?:    .+\n)+)", read("CONTRIBUTING.md"))[1]
+    lines = [re.findall(r"(\w+)(?:/|\.py)", re.split(r" {4,}\w[^/.]*$", line)[0]) for line in picture.splitlines()]
+    rooms = dict(re.findall(r"^    (\w+)/ +((?:\w+ )+) ", picture, re.M))
+    return lines[::-1], {room: names.split() for room, names in rooms.items()}
+
+
+def imports(path):
+    """The modules of the library that a file imports, as paths without suffix."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nsgf_lite"):
+            assert not node.level, f"{path}: a relative import"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [n if module_file(n) else node.module for n in inside]
+        found |= {module_file(n) for n in names if n.startswith("nsgf_lite")}
+    return found - {None}
+
+
+def module_file(name):
+    base = ROOT / name.replace(".", "/")
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+def test_contributing_draws_the_house_as_it_is():
+    lines, rooms = floors()
+    there = {p.stem for p in (ROOT / "nsgf_lite").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert sorted(sum(lines, [])) == sorted(there - {"__init__"})
+    for room, names in rooms.items():
+        assert sorted(names) == sorted(p.stem for p in (ROOT / "nsgf_lite" / room).glob("*.py") if p.stem != "__init__")
+
+
+def test_no_file_imports_from_above_and_there_is_no_circle():
+    height = {name: k for k, line in enumerate(floors()[0]) for name in line}
+    house = ROOT / "nsgf_lite"
+    graph = {path: imports(path) for path in house.rglob("*.py")}
+    for path, others in graph.items():
+        here, *_ = path.relative_to(house).with_suffix("").parts
+        for other in others if here != "__init__" else ():
+            there, *_ = other.relative_to(house).with_suffix("").parts
+            within = here == there and path.parent != house
+            assert within or height[there] < height[here], f"{path.name} imports {other.relative_to(house)}"
+    files = {path: {o for o in others if o.name != "__init__.py"} for path, others in graph.items()}
+    assert list(graphlib.TopologicalSorter(files).static_order())
+
+
+def test_the_tools_form_no_circle():
+    tools = {path.stem: path for path in (ROOT / "tools").glob("*.py")}
+    words = {name: set(re.findall(r"^\s*(?:from|import) (\w+)", read(f"tools/{name}.py"), re.M)) for name in tools}
+    assert list(graphlib.TopologicalSorter({name: found & set(tools) for name, found in words.items()}).static_order())
 
 
 # --- README -------------------------------------------------------------------------------------------------------

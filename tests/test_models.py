@@ -11,7 +11,8 @@ from test_training import ROUND, SHORT, outcome, same, small
 from torch import nn
 
 import nsgf_lite as nl
-from nsgf_lite import metrics, straight
+from nsgf_lite import metrics
+from nsgf_lite.models import straight
 from nsgf_lite.networks import MLP
 from nsgf_lite.particles import METHODS, advance
 

@@ -18,7 +18,7 @@ from conftest import ROOT, require
 
 import nsgf_lite as nl
 from nsgf_lite.closed_forms import gaussian_divergence, gaussian_map, gaussian_ot
-from nsgf_lite.sinkhorn import Potentials
+from nsgf_lite.transport.sinkhorn import Potentials
 
 F64 = torch.float64
 DEVICES = [

@@ -12,8 +12,8 @@ from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import nsgf_lite as nl
-from nsgf_lite import checkpoints
-from nsgf_lite.streams import Stream
+from nsgf_lite.training import checkpoints
+from nsgf_lite.training.streams import Stream
 
 FAR = nl.toy.Gaussian((4.0, 0.0), ((0.5, 0.0), (0.0, 0.5)))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nsgf_lite as nl
-from nsgf_lite import solver
+from nsgf_lite.transport import solver
 
 F64 = torch.float64
 

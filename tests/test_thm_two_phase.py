@@ -11,9 +11,17 @@ import torch
 from scipy.integrate import quad
 
 import nsgf_lite as nl
-from nsgf_lite.closed_forms import gaussian_flow, gaussian_map, gaussian_ot
+from nsgf_lite.closed_forms import (
+    gaussian_flow,
+    gaussian_map,
+    gaussian_ot,
+    gaussian_w2,
+    handover_constant,
+    segment_law,
+    segment_time,
+    segment_velocity,
+)
 from nsgf_lite.particles import advance
-from nsgf_lite.segments import gaussian_w2, handover_constant, segment_law, segment_time, segment_velocity
 
 F64 = torch.float64
 

@@ -17,8 +17,9 @@ from test_streams import FAR, LABELS, POINTS, chance, loader, normal
 from torch import nn
 
 import nsgf_lite as nl
-from nsgf_lite import checkpoints, training
+from nsgf_lite import training
 from nsgf_lite.networks import MLP, Stack, seeded
+from nsgf_lite.training import checkpoints
 
 ROUND = nl.toy.Gaussian()
 

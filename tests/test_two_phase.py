@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nsgf_lite as nl
-from nsgf_lite.segments import gaussian_w2, handover_constant, segment_law, segment_time, segment_velocity
+from nsgf_lite.closed_forms import gaussian_w2, handover_constant, segment_law, segment_time, segment_velocity
 
 RECORD = Path(__file__).resolve().parent.parent / "book" / "results" / "two_phase.json"
 ROUND, FAR = nl.toy.Gaussian(), nl.toy.Gaussian((3.0, 1.0), ((0.5, 0.0), (0.0, 0.5)))

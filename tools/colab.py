@@ -1,11 +1,15 @@
 """Chapters as notebooks for Colab, which knows no directives and roles: everything becomes plain Markdown.
 
+    python tools/colab.py [--to FOLDER]                  book/NAME.md -> colab/book/NAME.ipynb
+
 The chapters are rendered twice in the order of _toc.yml. The first pass counts theorems, equations, figures
 and exercises as the book does and notes what each label is called; the second writes. A directive, role or
 label that is not known here is an error, never something that slips through.
 """
 
+import argparse
 import re
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -13,7 +17,7 @@ from pathlib import Path
 import jupytext
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell
-from notebooks import chapters, name_cells, text
+from notebooks import ROOT, chapters, name_cells, text
 from pybtex.database import parse_file
 from pybtex.plugin import find_plugin
 
@@ -345,3 +349,13 @@ def export(root, folder):
             path.unlink()
     print(f"{len(notebooks)} notebooks in {folder}")
     return 0
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=ROOT / "colab" / "book")
+    return export(ROOT, parser.parse_args(arguments).to)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,13 +1,12 @@
-"""The notebooks that are made from the chapters.
+"""The notebooks beside the chapters.
 
-    python tools/notebooks.py write [--all] [NAME ...]   book/NAME.md -> book/NAME.ipynb, executed
-    python tools/notebooks.py colab [--to FOLDER]        book/NAME.md -> colab/book/NAME.ipynb, plain Markdown
+    python tools/notebooks.py [--all] [NAME ...]         book/NAME.md -> book/NAME.ipynb, executed
 
-The .md is the source. `write` executes a chapter and keeps the outputs of its claim cells only (those tagged
+The .md is the source. This executes a chapter and keeps the outputs of its claim cells only (those tagged
 nbval-check-output), so that the paired notebook stores nothing that another machine would draw differently. A
 chapter is left alone without --all if its text, its notebook, the library and the recorded results are as they were
 at its last execution.
-Both commands write the same bytes when they are run again.
+It writes the same bytes when it is run again; tools/colab.py makes the notebooks for Colab.
 """
 
 import argparse
@@ -128,18 +127,10 @@ def write(names=(), everything=False, root=ROOT):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("write", help="execute the chapters and write the paired notebooks")
-    sub.add_argument("names", nargs="*", metavar="NAME")
-    sub.add_argument("--all", action="store_true", help="execute the unchanged chapters too")
-    sub = commands.add_parser("colab", help="export the chapters for Colab")
-    sub.add_argument("--to", type=Path, default=ROOT / "colab" / "book")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--all", action="store_true", help="execute the unchanged chapters too")
     options = parser.parse_args(arguments)
-    if options.command == "write":
-        return 1 if write(options.names, options.all) else 0
-    from colab import export  # beside this file
-
-    return export(ROOT, options.to)
+    return 1 if write(options.names, options.all) else 0
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.inputs import read_clouds, read_weights
-from nsgf_lite.sinkhorn import Potentials, _outside
-from nsgf_lite.solver import PLANE, affinity
+from nsgf_lite.transport.sinkhorn import Potentials, _outside
+from nsgf_lite.transport.solver import PLANE, affinity
 
 Warm = dict[str, Potentials]
 

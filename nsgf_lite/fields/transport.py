@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, Warm
 from nsgf_lite.inputs import read_clouds, read_counts, read_weights
-from nsgf_lite.sinkhorn import barycentric_map
+from nsgf_lite.transport.sinkhorn import barycentric_map
 
 
 @dataclass(frozen=True)

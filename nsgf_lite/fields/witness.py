@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, median_distance, warn_underflow
 from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.sinkhorn import ConvergenceWarning, _outside
+from nsgf_lite.transport.sinkhorn import ConvergenceWarning, _outside
 
 Bandwidth = float | tuple[float, ...] | None
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from nsgf_lite import checkpoints
 from nsgf_lite.fields.base import Field, Warm
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
+from nsgf_lite.training import checkpoints
 
 
 @torch.no_grad()

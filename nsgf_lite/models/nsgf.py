@@ -10,11 +10,11 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.fields import Sinkhorn
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
-from nsgf_lite.models import Batch, Flow, NetworkFactory, call
+from nsgf_lite.models.flow import Batch, Flow, NetworkFactory, call
+from nsgf_lite.models.pool import Pool, trajectories
+from nsgf_lite.models.straight import Interpolant
 from nsgf_lite.networks import MLP, seeded
 from nsgf_lite.particles import advance
-from nsgf_lite.pool import Pool, trajectories
-from nsgf_lite.straight import Interpolant
 from nsgf_lite.training import Part, Training, machine, train
 
 
@@ -23,7 +23,7 @@ class NSGF(Flow):
     """Neural Sinkhorn gradient flow: v(x, t) regressed on the velocity of minibatches that follow the Sinkhorn flow.
 
     ``steps`` explicit steps of length ``step`` take a minibatch of the source to one of the target; their positions and
-    velocities fill a :class:`nsgf_lite.pool.Pool`, from which the regression draws. Time is divided by
+    velocities fill a :class:`nsgf_lite.Pool`, from which the regression draws. Time is divided by
     ``step * steps``, so that the network's runs from 0 to 1 and its velocity is ``step * steps`` times the flow's.
 
     Parameters

@@ -11,10 +11,10 @@ from torch import Generator, Tensor, nn
 from nsgf_lite.fields import Critic, Field
 from nsgf_lite.inputs import read_counts, read_positive
 from nsgf_lite.networks import Stack
-from nsgf_lite.streams import Stream, described
 from nsgf_lite.toy import Gaussian
 from nsgf_lite.training import Part, Training, machine
 from nsgf_lite.training import train as run
+from nsgf_lite.training.streams import Stream, described
 
 
 def _noise(noise: Any) -> Stream:
@@ -74,7 +74,7 @@ def train(
         The velocity; for a stack, one for all members or one for each. Equal neighbours are called as a batch. A field
         that learns (:class:`nsgf_lite.fields.Critic`) is fitted to each minibatch first, and is not for stacks.
     target : Law, Tensor or DataLoader
-        The data, as :class:`nsgf_lite.streams.Stream` reads them; members of a stack get minibatches of their own.
+        The data, as :class:`nsgf_lite.training.Stream` reads them; members of a stack get minibatches of their own.
     training : Training
         The budget; ``training.batch`` samples of the generator in each step.
     noise : Law or int

@@ -13,9 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from nsgf_lite import checkpoints
 from nsgf_lite.inputs import read_counts, read_naturals, read_positive
 from nsgf_lite.networks import Stack
+from nsgf_lite.training import checkpoints
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite import checkpoints
 from nsgf_lite.inputs import read_clouds, read_counts
 from nsgf_lite.networks import MLP, call, seeded
 from nsgf_lite.particles import METHODS, advance
-from nsgf_lite.streams import Stream, described
-from nsgf_lite.together import fit_together
-from nsgf_lite.training import Part, Training, json_like
+from nsgf_lite.training import Part, Stream, Training, checkpoints, described, fit_together, json_like
+from nsgf_lite.training.together import Batch
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
 NetworkFactory = Callable[[int, int], nn.Module]
 
 
@@ -77,7 +74,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If source and target disagree in dimension, or as :class:`nsgf_lite.streams.Stream`.
+            If source and target disagree in dimension, or as :class:`nsgf_lite.training.Stream`.
         """
         labels = getattr(self, "labels", 0)
         self.source, self.target = Stream("source", source, labels), Stream("target", target, labels)
@@ -116,7 +113,7 @@ class Flow:
         Parameters
         ----------
         source, target : Law, Tensor, DataLoader, or a sequence
-            As :class:`nsgf_lite.streams.Stream` reads them.
+            As :class:`nsgf_lite.training.Stream` reads them.
         training : Training
             The budget.
         seed : int

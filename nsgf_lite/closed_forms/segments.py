@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsgf_lite.closed_forms import Matrix, Vector, _covariance, _mean, _root
+from nsgf_lite.closed_forms.gaussians import Matrix, Vector, _covariance, _mean, _root
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive
 
 Law = tuple[Tensor, Tensor]

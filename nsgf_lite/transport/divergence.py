@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgf_lite.sinkhorn import BarycentricMap, Potentials, Problem, read_problem
+from nsgf_lite.transport.sinkhorn import BarycentricMap, Potentials, Problem, read_problem
 
 
 class _Once(torch.autograd.Function):

@@ -2,20 +2,57 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from nsgf_lite.networks import MLP, Stack, call
-from nsgf_lite.training import Chance, Part, Training, machine, train
+from nsgf_lite.training.loop import Chance, Part, Training, machine, train
+from nsgf_lite.training.streams import Stream
 
-if TYPE_CHECKING:
-    from nsgf_lite.models import Flow
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Trainee(Protocol):
+    """What this training needs of a model: data to read, a network, and batches to regress it on."""
+
+    alone: ClassVar[bool]  # whether the model cannot train in a stack with others
+    source: Stream
+    target: Stream
+    losses: list[float]
+
+    def hyperparameters(self) -> dict[str, object]:
+        """What a checkpoint must agree with."""
+        ...
+
+    def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
+        """Read the data and make the network."""
+        ...
+
+    def _begin(self, generator: Generator) -> None:
+        """Fill what the batches are drawn from, before the first step of a new run."""
+        ...
+
+    def _batch(self, n: int, step: int, generator: Generator) -> Batch:
+        """Draw x (n, d), t (n,), v (n, d) and labels (n,), or None, for one optimiser step."""
+        ...
+
+    def _parts(self) -> dict[str, Part]:
+        """What a checkpoint must hold beside network, optimiser and generator."""
+        ...
+
+    def _asks(self, step: int) -> bool:
+        """Whether the batch of this step asks the network for velocities."""
+        ...
+
+    def _saved(self) -> None:
+        """A checkpoint has been written."""
+        ...
 
 
 def fit_together(
-    models: "Sequence[Flow]",
+    models: Sequence[Trainee],
     sources: Sequence[Any],
     targets: Sequence[Any],
     training: Training | None = None,

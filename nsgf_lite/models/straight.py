@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_counts
-from nsgf_lite.models import Batch, Flow, NetworkFactory
+from nsgf_lite.models.flow import Batch, Flow, NetworkFactory
 from nsgf_lite.training import Part, Training
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.models import Flow, NetworkFactory, call
+from nsgf_lite.models.flow import Flow, NetworkFactory, call
 from nsgf_lite.networks import MLP
 from nsgf_lite.training import Training, machine, train
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsgf_lite.inputs import read_clouds, read_counts, read_positive, read_weights
-from nsgf_lite.solver import affinity, alternate, averaged, softmax
+from nsgf_lite.transport.solver import affinity, alternate, averaged, softmax
 
 
 class ConvergenceWarning(UserWarning):

@@ -1,0 +1,37 @@
+"""What can be written down exactly: the oracles that the solver, the flows and the chapters are tested against."""
+
+from nsgf_lite.closed_forms.atoms import cross_curl, cross_velocity, two_atom_mass, two_atom_velocity
+from nsgf_lite.closed_forms.diffusions import barenblatt, ou_moments
+from nsgf_lite.closed_forms.gaussians import (
+    gaussian_divergence,
+    gaussian_flow,
+    gaussian_map,
+    gaussian_ot,
+    gaussian_velocity,
+)
+from nsgf_lite.closed_forms.segments import (
+    gaussian_w2,
+    handover_constant,
+    segment_law,
+    segment_time,
+    segment_velocity,
+)
+
+__all__ = [
+    "barenblatt",
+    "cross_curl",
+    "cross_velocity",
+    "gaussian_divergence",
+    "gaussian_flow",
+    "gaussian_map",
+    "gaussian_ot",
+    "gaussian_velocity",
+    "gaussian_w2",
+    "handover_constant",
+    "ou_moments",
+    "segment_law",
+    "segment_time",
+    "segment_velocity",
+    "two_atom_mass",
+    "two_atom_velocity",
+]

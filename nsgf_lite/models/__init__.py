@@ -1,0 +1,22 @@
+"""Models that learn a flow or a generator: all with ``fit``, ``sample``, ``save`` and ``load``."""
+
+from nsgf_lite.models import drifting
+from nsgf_lite.models.ept import EPT
+from nsgf_lite.models.flow import Flow
+from nsgf_lite.models.nsgf import NSGF, NSGFPlusPlus
+from nsgf_lite.models.pool import Pool, trajectories
+from nsgf_lite.models.straight import OTCFM, FlowMatching, RectifiedFlow, StochasticInterpolant
+
+__all__ = [
+    "EPT",
+    "Flow",
+    "FlowMatching",
+    "NSGF",
+    "NSGFPlusPlus",
+    "OTCFM",
+    "Pool",
+    "RectifiedFlow",
+    "StochasticInterpolant",
+    "drifting",
+    "trajectories",
+]
