@@ -451,6 +451,10 @@ def test_thm_gaussian_divergence():
         for eps in (0.05, 1.0, 20.0):
             assert abs(gaussian_divergence(a, A, b, B, eps).item() - formula(a, A, b, B, eps)) < 1e-10
         assert abs(gaussian_divergence(a, A, b, A, 1.0).item() - 0.5 * (a - b).square().sum().item()) < 1e-11
+        # a singular covariance is a limit: a point against B, as the exercise has it
+        zero = 1e-11 * torch.eye(d, dtype=F64)
+        point = (0.5 * (a - b).square().sum() + B.trace() / 2 - gaussian_ot(b, B, b, B, 1.0) / 2).item()
+        assert abs(gaussian_divergence(a, zero, b, B, 1.0).item() - point) < 1e-8
 
 
 def test_thm_not_a_metric():
