@@ -170,7 +170,8 @@ class SinkhornProxy(Formula):
     -------
     :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
     :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`,
-    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`
+    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`,
+    :prf:ref:`thm-one-shot-no-gradient`
     """
 
     eps: float
@@ -242,7 +243,8 @@ class Drift(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-affinity-floor`, :prf:ref:`thm-floor-rest`
+    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-one-shot-no-gradient`, :prf:ref:`thm-affinity-floor`,
+    :prf:ref:`thm-floor-rest`
     """
 
     temperatures: tuple[float, ...] = (0.05,)
