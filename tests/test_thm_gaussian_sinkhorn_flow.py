@@ -509,9 +509,9 @@ def test_thm_overshoot(eps):
         exact = nl.fields.Sinkhorn(edge, tol=1e-13)
         assert abs(float(exact(x, y)[1])) < 1e-12
         assert float(nl.follow(exact, x, y, 0.01, 5, method="rk4")[-1, 1]) > 1 + 1e-5
-        for near, side in ((1.5, 1), (1.62, -1)):
-            late = nl.follow(nl.fields.Sinkhorn(near, tol=1e-13), x, y, 0.4, 45, method="rk4")[-1, 1]
-            assert side * float(late - 1) * math.exp(18) > 0.01
+        for near, side in ((1.4, 1), (1.7, -1)):
+            late = nl.follow(nl.fields.Sinkhorn(near, tol=1e-13), x, y, 0.25, 60, method="rk4")[-1, 1]
+            assert side * float(late - 1) * math.exp(15) > 0.1
     half = (path[:, 1, 0] - path[:, 0, 0]) / 2
     if eps > 0.5:
         # late enough for the linearisation, early enough for rounding
