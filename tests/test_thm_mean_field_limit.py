@@ -158,7 +158,7 @@ def test_thm_velocity_lipschitz(d, eps):
     sharp(up * (1 - 1e-5), span**2 / (4 * eps), at_least=0.999)
     sharp(-down * (1 - 1e-5), span**2 / (4 * eps), at_least=0.999)
     damaged("radius for diameter", up <= (span / 2) ** 2 / (4 * eps))
-    damaged("the one-sided constant from below, too", -down <= 0.0)
+    damaged("the target bounds the slope from below, too: here D_* = 0", -down <= 0.0)
     # One point against one: the velocity is a constant.
     assert eigenvalues(origin, u, z[:5], eps).abs().max() < 1e-8
 
