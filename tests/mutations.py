@@ -107,6 +107,7 @@ MUTATIONS = [
     Mutation("stretching without its one half", "closed_forms/segments", "math.exp(radius**2 / 2 * (", "math.exp(radius**2 * ("),
     Mutation("W_2 of Gaussians with half the cross term", "closed_forms/segments", "B.trace() - 2 * cross", "B.trace() - cross"),
     Mutation("segments run backwards", "models/straight", "return (1 - t) * x0 + t * x1, x1 - x0", "return t * x0 + (1 - t) * x1, x1 - x0"),
+    Mutation("straight velocity with its slope transposed", "closed_forms/segments", "(x - mean.to(x)) @ slope.to(x)", "(x - mean.to(x)) @ slope.T.to(x)"),
     Mutation("second phase always of length one", "models/nsgf", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
     # witnesses, critics, slices
     Mutation("witness descended without one over h squared", "fields/witness", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h / h", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h"),
