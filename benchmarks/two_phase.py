@@ -116,8 +116,8 @@ def main() -> None:
     for (name, seed), file in pieces.items():
         if not file.exists():
             keep(file, piece(name, seed))
-        print(name, seed, f"{json.loads(file.read_text())['seconds']:.0f} s", flush=True)
-    done = {key: json.loads(file.read_text()) for key, file in pieces.items()}
+        print(name, seed, f"{json.loads(file.read_text(encoding='utf-8'))['seconds']:.0f} s", flush=True)
+    done = {key: json.loads(file.read_text(encoding="utf-8")) for key, file in pieces.items()}
     seconds = sum(one["seconds"] for one in done.values())
     libraries = ["nsgf-lite", "torch", "numpy", "scipy", "pot"]
     record = {
