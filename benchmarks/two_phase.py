@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 
 import nsgf_lite as nl
 from benchmarks.pieces import keep
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "two_phase.json"
 # FFJORD's scales, and torchcfm's for the letter S.
@@ -112,6 +112,7 @@ def folder() -> Path:
 
 
 def main() -> None:
+    writable(RECORD)
     pieces = {(name, seed): folder() / f"{name}-{seed}.json" for name in SETS for seed in range(SEEDS)}
     for (name, seed), file in pieces.items():
         if not file.exists():
@@ -126,7 +127,7 @@ def main() -> None:
         "floor": {k: [round(nl.metrics.w2(again, test), 4) for _, again, test in draws(*v)] for k, v in SETS.items()},
         "rows": [row for one in done.values() for row in one["rows"]],
     }
-    keep(RECORD, record)
+    write_record(RECORD, record, json.dumps(record))
 
 
 if __name__ == "__main__":
