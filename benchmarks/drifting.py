@@ -130,7 +130,7 @@ def record(blocks: int, seconds: float, workers: int) -> dict:
     for field, row in FIELDS.items():
         for name in SETS:
             files = [part(field, name, block) for block in range(blocks)]
-            done = [json.loads(file.read_text()) for file in files if file.exists()]
+            done = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
             members = [member for piece in done for member in piece["members"]]
             for value in row.values if members else ():
                 mine = [member for member in members if member["value"] == value]
@@ -154,7 +154,7 @@ def record(blocks: int, seconds: float, workers: int) -> dict:
         "workers": workers,
     }
     out["provenance"] = provenance("python -m benchmarks.drifting", seconds, ["nsgf-lite", "torch", "POT"])
-    RECORD.write_text(json.dumps(out, indent=None, separators=(",", ":")) + "\n")
+    RECORD.write_text(json.dumps(out, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
     return out
 
 
@@ -186,15 +186,15 @@ def main() -> None:
         if block * BLOCK < row.seeds
         for name in SETS
     ]
-    before = float(clock.read_text()) if clock.exists() else 0.0
+    before = float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0
     if not given.report:
         start = time.perf_counter()
         with tqdm(total=len(jobs), desc="drifting", unit="piece", smoothing=0) as bar:
             for block in range(blocks):
                 everything([job for job in jobs if job[-1] == block], given.workers, bar)
                 clock.parent.mkdir(parents=True, exist_ok=True)
-                clock.write_text(f"{before + time.perf_counter() - start:.1f}")
-    show(record(blocks, float(clock.read_text()) if clock.exists() else 0.0, given.workers))
+                clock.write_text(f"{before + time.perf_counter() - start:.1f}", encoding="utf-8")
+    show(record(blocks, float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0, given.workers))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def read_naturals(**counts: int) -> None:
             raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
 
 
+def read_flags(**flags: bool) -> None:
+    """Check that the named values are True or False; ValueError says which is not."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def read_weights(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
     """Return the weights of cloud x, uniform if None, shape x.shape[:-1]; ValueError unless they are a probability."""
     if weights is None:

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from nsgf_lite.fields.base import Warm
 from nsgf_lite.inputs import read_clouds, read_positive
-from nsgf_lite.networks import Residual, seeded
+from nsgf_lite.networks import Residual, evaluating, seeded, valued
 from nsgf_lite.training import Training, train
 
 # For D(q | p) = E_p f(q/p), in terms of the log ratio s: f'(e^s), and the conjugate there, e^s f'(e^s) - f(e^s).
@@ -122,9 +122,9 @@ class Critic:
         def loss(network: nn.Module, step: int) -> Tensor:
             here, there = rows(x), rows(y)
             if not self.penalty:
-                return conjugate(network(there)).mean() - value(network(here)).mean()
+                return conjugate(_ratio(network, there)).mean() - value(_ratio(network, here)).mean()
             both = torch.cat([here, there]).requires_grad_()
-            s = network(both)
+            s = _ratio(network, both)
             (slope,) = torch.autograd.grad(s.sum(), both, create_graph=True)
             size = slope.square().sum(-1)
             gain = value(s[: len(here)]).mean() - conjugate(s[len(here) :]).mean()
@@ -185,12 +185,17 @@ class Critic:
             raise ValueError("a and b must be None: the critic learns from points of equal weight")
         self._read(points)
         value, _ = _FORMS[self.divergence]
-        with torch.enable_grad():
-            z = points.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(value(self.network(z)).sum(), z)
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.network):
+            z = points.clone().detach().requires_grad_()
+            (slope,) = torch.autograd.grad(value(_ratio(self.network, z)).sum(), z)
         if not bool(torch.isfinite(slope).all()):
             raise FloatingPointError(
                 f"the critic's velocity is not finite at {int((~torch.isfinite(slope)).any(-1).sum())} points: it has "
                 f"diverged, or, where the density ratio is extreme, {self.divergence}'s first variation overflows"
             )
         return -slope
+
+
+def _ratio(network: nn.Module, z: Tensor) -> Tensor:
+    """Log ratio (n, 1) at the points z (n, d)."""
+    return valued(network(z), z, 1)
