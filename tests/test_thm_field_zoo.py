@@ -172,13 +172,73 @@ def constants(name, lam):
     }[name]
 
 
+def where_descent_bites(name):
+    """The lemma's constants at atoms that are near, and at atoms that no datum sees."""
+    h, lam, s = 0.8, 0.1, 0.02
+    make, functional = KERNEL_FIELDS[name]
+    C, per_gap, L = constants(name, lam)
+    far, datum = atoms(0.0)[0] + 40 * h, atoms(0.0)
+    # K: two coinciding particles part, out of sight of the data.
+    one = torch.ones(1, dtype=F64)
+    together = functional(far, *datum[:1], one, one, h)
+    parted = functional(torch.cat([far - s, far + s]), datum[0], atoms(0.0, 0.0)[1], one, h)
+    u, _ = witness(name, far, datum[0], one, one, h, lam)
+    K = (C + math.sqrt(3) / 2 * float(u.norm())) / h**2
+    # there the velocity is zero: all of it is the remainder; MMD's own bites at a near pair, below
+    sharp(together - parted, K * s * s, at_least=0.28 if name == "mmd" else 1 / 3)
+    damaged("a quarter of K", together - parted <= K / 4 * s * s)
+    # U and L: the particle's own mass, which the data do not see.
+    sharp(u.norm(), per_gap * math.sqrt(2.0), at_least=0.66)
+    two, mass = torch.cat([far, far + 40 * h]), torch.tensor([0.7, 0.3], dtype=F64)
+    (u, root), (w, _) = (witness(name, two, datum[0], m, one, h, lam) for m in (mass, mass.flip(0)))
+    sharp((u - w).norm(), L * ((mass - mass.flip(0)) @ root[:2]).norm(), at_least=0.99)
+    # The features: slope of u at most |u|/h, and its change √3 |u|/h² for each unit of way.
+    z, t = torch.tensor([[-0.01], [0.0], [0.01]], dtype=F64) * h, 1e-3 * h
+    slope = lambda at, c: (-(at - z) / h**2 * gram(torch.full((1, 1), at, dtype=F64), z, h).T).T @ c  # noqa: E731
+    for c, at_least in ((torch.tensor([1.0, 0.0, -1.0], dtype=F64), 0.99),):
+        sharp(abs(slope(0.0, c)), (c @ gram(z, z, h) @ c).sqrt() / h, at_least)
+    c = torch.tensor([1.0, -2.0, 1.0], dtype=F64)
+    bend, size = abs(slope(t, c) - slope(-t, c)) / (2 * t), (c @ gram(z, z, h) @ c).sqrt() / h**2
+    sharp(bend, math.sqrt(3) * size, at_least=0.99)
+    damaged("√2 in place of √3", bend <= math.sqrt(2) * size)
+
+
+def where_descent_ends():
+    """A near pair under MMD makes the lemma's step exact; the Laplace kernel breaks its part 2."""
+    h, r = 0.8, 1e-3
+    x, y = torch.full((1, 1), r, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    one = torch.ones(1, dtype=F64)
+    v = nl.fields.MMD(h)(x, y)
+    gap = math.sqrt(mmd2(x, y, one, one, h))
+    K = (1 + math.sqrt(3) * gap) / h**2
+    sharp(v.abs().max(), 2 * gap / h, at_least=0.99)
+    for share in (0.3, 1.0):
+        eta = share / K
+        drop = mmd2(x, y, one, one, h) - mmd2(x + eta * v, y, one, one, h)
+        promised = eta * (1 - eta * K) * float(v.square().sum())
+        assert drop >= promised - 1e-15
+        if share < 1:
+            sharp(promised, drop, at_least=0.99)
+    far = (1 + 1e-3) * 2 / K
+    damaged("steps of 2/K and more descend", mmd2(x + far * v, y, one, one, h) <= mmd2(x, y, one, one, h))
+    # Laplace: two particles at one place rest, and parting by s gains of the order s, not s².
+    laplace = lambda s: 0.5 * (1 + math.exp(-2 * s / h)) - 0.5 - 0.5  # noqa: E731  # |m_q|² less its value at s = 0
+    K = 1e3 / h**2
+    damaged("Laplace kernels have a K", all(abs(laplace(s)) <= K * s * s for s in (1e-2, 1e-4, 1e-6)))
+    pair = torch.zeros(2, 1, dtype=F64)
+    assert float(nl.fields.MMD(h, "laplace")(pair, pair + 30).abs().max()) < 1e-12
+
+
 @pytest.mark.parametrize("name", KERNEL_FIELDS)
 @pytest.mark.parametrize("seed", range(2))
 def test_thm_kernel_descent(seed, name):
     """Functionals from their definitions, moved and weighted by hand; the library's velocity only as a direction.
 
-    Checked by: finite differences, definition.
+    Checked by: finite differences, definition, closed form.
     """
+    if seed == 0:
+        where_descent_bites(name)
+        where_descent_ends()
     x, y, a, b, generator = problem(seed)
     h, lam = 0.8, 0.1
     make, functional = KERNEL_FIELDS[name]
@@ -210,70 +270,6 @@ def test_thm_kernel_descent(seed, name):
     up, down = (gram(x + torch.tensor([e * s, 0], dtype=F64), torch.cat([x, y]), h) for s in (1, -1))
     slope = (up - down) @ torch.linalg.solve(root.T, u) / (2 * e)
     assert torch.allclose(v[:, 0], -slope, rtol=1e-4, atol=1e-4 * float(v.abs().max()))
-
-
-@pytest.mark.parametrize("name", KERNEL_FIELDS)
-def test_thm_kernel_descent_bites(name):
-    """The same where the constants bite: atoms that are near, and atoms that no datum sees.
-
-    Checked by: definition.
-    """
-    h, lam, s = 0.8, 0.1, 0.02
-    make, functional = KERNEL_FIELDS[name]
-    C, per_gap, L = constants(name, lam)
-    far, datum = atoms(0.0)[0] + 40 * h, atoms(0.0)
-    # K: two coinciding particles part, out of sight of the data.
-    one = torch.ones(1, dtype=F64)
-    together = functional(far, *datum[:1], one, one, h)
-    parted = functional(torch.cat([far - s, far + s]), datum[0], atoms(0.0, 0.0)[1], one, h)
-    u, _ = witness(name, far, datum[0], one, one, h, lam)
-    K = (C + math.sqrt(3) / 2 * float(u.norm())) / h**2
-    # there the velocity is zero: all of it is the remainder; MMD's own bites at a near pair, below
-    sharp(together - parted, K * s * s, at_least=0.28 if name == "mmd" else 1 / 3)
-    damaged("a quarter of K", together - parted <= K / 4 * s * s)
-    # U and L: the particle's own mass, which the data do not see.
-    sharp(u.norm(), per_gap * math.sqrt(2.0), at_least=0.66)
-    two, mass = torch.cat([far, far + 40 * h]), torch.tensor([0.7, 0.3], dtype=F64)
-    (u, root), (w, _) = (witness(name, two, datum[0], m, one, h, lam) for m in (mass, mass.flip(0)))
-    sharp((u - w).norm(), L * ((mass - mass.flip(0)) @ root[:2]).norm(), at_least=0.99)
-    # The features: slope of u at most |u|/h, and its change √3 |u|/h² for each unit of way.
-    z, t = torch.tensor([[-0.01], [0.0], [0.01]], dtype=F64) * h, 1e-3 * h
-    slope = lambda at, c: (-(at - z) / h**2 * gram(torch.full((1, 1), at, dtype=F64), z, h).T).T @ c  # noqa: E731
-    for c, at_least in ((torch.tensor([1.0, 0.0, -1.0], dtype=F64), 0.99),):
-        sharp(abs(slope(0.0, c)), (c @ gram(z, z, h) @ c).sqrt() / h, at_least)
-    c = torch.tensor([1.0, -2.0, 1.0], dtype=F64)
-    bend, size = abs(slope(t, c) - slope(-t, c)) / (2 * t), (c @ gram(z, z, h) @ c).sqrt() / h**2
-    sharp(bend, math.sqrt(3) * size, at_least=0.99)
-    damaged("√2 in place of √3", bend <= math.sqrt(2) * size)
-
-
-def test_thm_kernel_descent_hypotheses():
-    """A near pair under MMD makes the lemma's step exact; the Laplace kernel breaks its part 2.
-
-    Checked by: closed form, definition.
-    """
-    h, r = 0.8, 1e-3
-    x, y = torch.full((1, 1), r, dtype=F64), torch.zeros(1, 1, dtype=F64)
-    one = torch.ones(1, dtype=F64)
-    v = nl.fields.MMD(h)(x, y)
-    gap = math.sqrt(mmd2(x, y, one, one, h))
-    K = (1 + math.sqrt(3) * gap) / h**2
-    sharp(v.abs().max(), 2 * gap / h, at_least=0.99)
-    for share in (0.3, 1.0):
-        eta = share / K
-        drop = mmd2(x, y, one, one, h) - mmd2(x + eta * v, y, one, one, h)
-        promised = eta * (1 - eta * K) * float(v.square().sum())
-        assert drop >= promised - 1e-15
-        if share < 1:
-            sharp(promised, drop, at_least=0.99)
-    far = (1 + 1e-3) * 2 / K
-    damaged("steps of 2/K and more descend", mmd2(x + far * v, y, one, one, h) <= mmd2(x, y, one, one, h))
-    # Laplace: two particles at one place rest, and parting by s gains of the order s, not s².
-    laplace = lambda s: 0.5 * (1 + math.exp(-2 * s / h)) - 0.5 - 0.5  # noqa: E731  # |m_q|² less its value at s = 0
-    K = 1e3 / h**2
-    damaged("Laplace kernels have a K", all(abs(laplace(s)) <= K * s * s for s in (1e-2, 1e-4, 1e-6)))
-    pair = torch.zeros(2, 1, dtype=F64)
-    assert float(nl.fields.MMD(h, "laplace")(pair, pair + 30).abs().max()) < 1e-12
 
 
 # thm-mmd-variation ---------------------------------------------------------------------
@@ -557,49 +553,6 @@ def on_line(u, v, a, b):
     return (levels.diff() * gap**2).sum() / 2
 
 
-@pytest.mark.parametrize("d", [1, 3])
-@pytest.mark.parametrize("seed", range(2))
-def test_thm_sliced_variation(seed, d):
-    """Half the squared distance on each line by quantile functions, and points moved.
-
-    Checked by: finite differences, definition, simulation.
-    """
-    x, y, a, b, generator = problem(seed, d=d)
-    L = 6
-    theta = directions(L, d, seed)
-    field = nl.fields.SlicedWasserstein(L)
-    chance = lambda: torch.Generator().manual_seed(seed)  # noqa: E731
-    functional = lambda x: sum(on_line(x @ t, y @ t, a, b) for t in theta) / L  # noqa: E731
-    v = field(x, y, a=a, b=b, generator=chance())
-    assert torch.allclose(v, slopes(functional, x, a), atol=1e-7)
-    # Equal numbers and weights take another road.
-    even, twin = torch.full((5,), 0.2, dtype=F64), y[:5]
-    functional = lambda x: sum(on_line(x @ t, twin @ t, even, even) for t in theta) / L  # noqa: E731
-    assert torch.allclose(field(x, twin, generator=chance()), slopes(functional, x, even), atol=1e-7)
-    # The mean, and dilations: a symmetric matrix of trace one takes the place of I.
-    M = theta.T @ theta / L
-    assert abs(M.trace() - 1) < 1e-12
-    assert torch.allclose(a @ v, M @ (b @ y - a @ x), atol=1e-12)
-    c = torch.randn(d, generator=generator, dtype=F64)
-    w = c + 0.5 * x
-    v = field(x, c + 1.5 * x, a=a, b=a, generator=chance())
-    assert torch.allclose(v, w @ M, atol=1e-12)
-    # The Monte Carlo error of one direction on a dilation: d - 1 times the squared length of the mean.
-    draws = torch.stack([field(x, c + 1.5 * x, a=a, b=a, generator=generator) for _ in range(150)])
-    error = (draws - w / d).square().sum(-1).mean(0)
-    wanted = (d - 1) / L * (w / d).square().sum(-1)
-    assert torch.allclose(error, wanted, rtol=0.5, atol=1e-12)
-    assert torch.allclose(draws.mean(0), w / d, atol=float(5 * (wanted.max() / 150).sqrt()) + 1e-12)
-    if d > 1:
-        damaged("as fast as the plan", torch.allclose(draws.mean(0), w, rtol=0.3))
-        damaged("no error but for d lines", bool((error < 0.2 * wanted).all()))
-    # Two particles in one place hold one mass: the direction's plan may split it, and both go to its mean.
-    double = torch.cat([x, x[:1]])
-    halves = torch.cat([a[:1] / 2, a[1:], a[:1] / 2])
-    joint = field(double, y, a=halves, b=b, generator=chance())
-    assert torch.allclose(joint[1:5], field(x, y, a=a, b=b, generator=chance())[1:], atol=1e-12)
-
-
 def dual_on_line(u, v, a, b):
     """Potentials (at u, at v) of the linear program for ½|u - v|² on the line."""
     cost = (u[:, None] - v[None]) ** 2 / 2
@@ -607,12 +560,8 @@ def dual_on_line(u, v, a, b):
     return torch.from_numpy(log["u"]), torch.from_numpy(log["v"])
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_thm_sliced_variation_mass(seed):
-    """Part 2: mass is moved between the particles and to new places; the potentials are those of a linear program.
-
-    Checked by: linear program, finite differences, definition.
-    """
+def mass_moved(seed):
+    """Part 2: mass is moved between the particles and to new places; the potentials are those of a linear program."""
     x, y, a, b, generator = problem(seed)
     L, t = 6, 1e-4
     theta = directions(L, 2, seed)
@@ -653,3 +602,48 @@ def test_thm_sliced_variation_mass(seed):
     right, left = ((kink(t) - kink(0.0)) / t for t in (1e-3, -1e-3))
     assert abs(right - 4) < 1e-9 and abs(left + 4) < 1e-9
     damaged("a first variation without a connected support", abs(right - left) < 1)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_thm_sliced_variation(seed, d):
+    """Half the squared distance on each line by quantile functions, points and mass moved; potentials by the simplex.
+
+    Checked by: finite differences, definition, linear program, simulation.
+    """
+    if d == 3:
+        mass_moved(seed)
+    x, y, a, b, generator = problem(seed, d=d)
+    L = 6
+    theta = directions(L, d, seed)
+    field = nl.fields.SlicedWasserstein(L)
+    chance = lambda: torch.Generator().manual_seed(seed)  # noqa: E731
+    functional = lambda x: sum(on_line(x @ t, y @ t, a, b) for t in theta) / L  # noqa: E731
+    v = field(x, y, a=a, b=b, generator=chance())
+    assert torch.allclose(v, slopes(functional, x, a), atol=1e-7)
+    # Equal numbers and weights take another road.
+    even, twin = torch.full((5,), 0.2, dtype=F64), y[:5]
+    functional = lambda x: sum(on_line(x @ t, twin @ t, even, even) for t in theta) / L  # noqa: E731
+    assert torch.allclose(field(x, twin, generator=chance()), slopes(functional, x, even), atol=1e-7)
+    # The mean, and dilations: a symmetric matrix of trace one takes the place of I.
+    M = theta.T @ theta / L
+    assert abs(M.trace() - 1) < 1e-12
+    assert torch.allclose(a @ v, M @ (b @ y - a @ x), atol=1e-12)
+    c = torch.randn(d, generator=generator, dtype=F64)
+    w = c + 0.5 * x
+    v = field(x, c + 1.5 * x, a=a, b=a, generator=chance())
+    assert torch.allclose(v, w @ M, atol=1e-12)
+    # The Monte Carlo error of one direction on a dilation: d - 1 times the squared length of the mean.
+    draws = torch.stack([field(x, c + 1.5 * x, a=a, b=a, generator=generator) for _ in range(150)])
+    error = (draws - w / d).square().sum(-1).mean(0)
+    wanted = (d - 1) / L * (w / d).square().sum(-1)
+    assert torch.allclose(error, wanted, rtol=0.5, atol=1e-12)
+    assert torch.allclose(draws.mean(0), w / d, atol=float(5 * (wanted.max() / 150).sqrt()) + 1e-12)
+    if d > 1:
+        damaged("as fast as the plan", torch.allclose(draws.mean(0), w, rtol=0.3))
+        damaged("no error but for d lines", bool((error < 0.2 * wanted).all()))
+    # Two particles in one place hold one mass: the direction's plan may split it, and both go to its mean.
+    double = torch.cat([x, x[:1]])
+    halves = torch.cat([a[:1] / 2, a[1:], a[:1] / 2])
+    joint = field(double, y, a=halves, b=b, generator=chance())
+    assert torch.allclose(joint[1:5], field(x, y, a=a, b=b, generator=chance())[1:], atol=1e-12)
