@@ -14,6 +14,7 @@ import tomllib
 from types import ModuleType
 
 import book_extension
+import nbformat
 import pytest
 import repository
 import yaml
@@ -255,6 +256,15 @@ Text.
 """
 
 
+TESTS = '''
+def test_thm_first():
+    """The first.
+
+    Checked by: closed form, linear program.
+    """
+'''
+
+
 @pytest.fixture
 def small_book(tmp_path):
     noticed = {"mutation": "sign", "file": "sinkhorn.py", "what": "x  →  -x | y", "killed_by": ["test_thm_first[2]"]}
@@ -263,7 +273,8 @@ def small_book(tmp_path):
         "book/intro.md": "# Hello\n",
         "book/one.md": CHAPTER,
         "nsgf_lite/sinkhorn.py": "x = 1\n",
-        "book/results/mutations.json": json.dumps({"rows": [noticed]}),
+        "book/results/mutations.json": json.dumps({"rows": [noticed], "sharp": {"test_thm_first": 0.41234}}),
+        "tests/test_thm_one.py": TESTS,
         "book/results/speed.json": "{}",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -282,11 +293,11 @@ def test_statements_are_found_with_and_without_label(small_book):
     ]
 
 
-def test_the_theorem_index_has_titles_links_tests_and_mutations(small_book):
+def test_the_theorem_index_has_titles_links_routes_and_mutations(small_book):
     table = book_extension.theorems_table(small_book)
     assert "## {doc}`One $x$ </book/one>`" in table
-    assert "| {prf:ref}`thm-first` | First | `test_thm_first` | 1 |" in table
-    assert r"| {prf:ref}`thm-second-one` | Second \| with a bar | `test_thm_second_one` | 0 |" in table
+    assert "| {prf:ref}`thm-first` | First | closed form, linear program | 0.41 | 1 |" in table
+    assert r"| {prf:ref}`thm-second-one` | Second \| with a bar |  |  | 0 |" in table
 
 
 def test_the_mutation_table_names_the_theorems_that_noticed(small_book):
@@ -294,6 +305,24 @@ def test_the_mutation_table_names_the_theorems_that_noticed(small_book):
     assert r"| sign | `x` → `-x \| y` in `sinkhorn.py` | {prf:ref}`thm-first` |" in table
     (small_book / "book/results/mutations.json").unlink()
     assert "|" not in book_extension.mutations_table(small_book)
+
+
+def ran(root, *claims):
+    """Note what a kernel's checks measured, as nl.check does."""
+    folder = book_extension.checks_folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"claim": c, "value": v, "below": 1.0, "above": None}) for c, v in claims]
+    (folder / f"{len(list(folder.iterdir()))}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_the_claims_table_shows_what_ran_and_finds_a_line_printed_by_hand(small_book):
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text="holds: a\nholds: b\n")])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), small_book / "book/one.ipynb")
+    ran(small_book, ("a", 0.9))
+    assert "make notebooks" in book_extension.claims_table(small_book), "b was printed, and not by a check"
+    ran(small_book, ("a", 0.9), ("b", -2.0))
+    table = book_extension.claims_table(small_book)
+    assert "2 claims, median 0.45" in table and "| 0.9 | a |" in table and "| 0 | b |" in table
 
 
 def test_an_edit_of_the_library_executes_the_chapters_again(small_book, monkeypatch):

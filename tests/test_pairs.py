@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 
+import book_extension
 import jupytext
 import nbformat
 import pytest
@@ -114,6 +115,26 @@ def test_each_statement_has_its_test_and_each_test_its_statement():
     assert set(labels.values()) <= {1} and set(tests.values()) <= {1}, "a label or a test occurs twice"
     assert sorted(labels.keys() - tests.keys()) == [], "statements without a test of their name"
     assert sorted(tests.keys() - labels.keys()) == [], "tests test_thm_… without a statement of their name"
+
+
+def test_each_theorem_is_checked_by_a_route_that_its_test_names():
+    ways = book_extension.routes()
+    assert ways and {route for named in ways.values() for route in named} <= set(book_extension.ROUTES)
+    assert [name for name, named in ways.items() if not named] == [], "no line `Checked by: ROUTE.` in the docstring"
+
+
+def test_each_theorem_is_seen_to_fail_when_it_is_damaged():
+    lacking = []
+    for path in (ROOT / "tests").glob("test_thm_*.py"):
+        tree = ast.parse(path.read_text())
+        of = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+        def damages(node, of=of):
+            names = {getattr(call.func, "id", "") for call in ast.walk(node) if isinstance(call, ast.Call)}
+            return "damaged" in names or any(damages(of.pop(name)) for name in names & set(of))
+
+        lacking += [name for name in list(of) if name.startswith("test_thm_") and not damages(of[name], dict(of))]
+    assert sorted(lacking) == [], "no damaged(...) in the test"
 
 
 @each_chapter
