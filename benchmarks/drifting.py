@@ -49,7 +49,7 @@ BLOCK, STEPS, BATCH, WIDTH, RATE, POINTS = 5, 400, 128, 64, 5e-3, 512
 WIDTHS = (0.02, 0.054, 0.14, 0.39, 1.0, 2.8, 7.5, 20.0)  # in units of length; the data sets are four to eight across
 RIDGES = (1e-4, 3.7e-4, 1.4e-3, 5e-3, 0.02, 0.07, 0.27, 1.0)
 FEW = (0.02, 0.39, 1.0, 20.0)
-CRITIC = (0.1, 1.0)
+CRITIC = (0.1,)
 DRAWN = "moons"  # whose samples the page draws from the judged generators; of the other sets others are trained
 RENAMED = {"DA2, published code": "DA2, floored"}  # fields that an earlier record calls otherwise
 
