@@ -107,6 +107,7 @@ MUTATIONS = [
     Mutation("stretching without its one half", "closed_forms/segments", "math.exp(radius**2 / 2 * (", "math.exp(radius**2 * ("),
     Mutation("W_2 of Gaussians with half the cross term", "closed_forms/segments", "B.trace() - 2 * cross", "B.trace() - cross"),
     Mutation("segments run backwards", "models/straight", "return (1 - t) * x0 + t * x1, x1 - x0", "return t * x0 + (1 - t) * x1, x1 - x0"),
+    Mutation("straight velocity with its slope transposed", "closed_forms/segments", "(x - mean.to(x)) @ slope.to(x)", "(x - mean.to(x)) @ slope.T.to(x)"),
     Mutation("second phase always of length one", "models/nsgf", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
     # witnesses, critics, slices
     Mutation("witness descended without one over h squared", "fields/witness", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h / h", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h"),
@@ -131,6 +132,8 @@ MUTATIONS = [
     Mutation("smoothed flow in units of length", "fields/scores", "return velocity / self.h / self.h", "return velocity"),
     Mutation("drifting away from the goal", "models/drifting", "(here + step * v).detach()", "(here - step * v).detach()"),
     Mutation("drifting with a step of its own", "models/drifting", "(here + step * v).detach()", "(here + v).detach()"),
+    Mutation("Laplace displacements over the sum of their weights", "fields/scores", "K + torch.log1p(-K) + log_weights", "K + log_weights"),
+    Mutation("Laplace displacements towards the data blind to weights", "fields/scores", "_mean_shift(K + log_weights, points)", "_mean_shift(K, points)"),
     # one normalisation and cross weights
     Mutation("proxy without cross weights", "fields/scores", "factor = log_towards + log_away", "factor = log_towards"),
     Mutation("proxy, columns not normalised", "fields/scores", "(u - row) / 2, (v - column) / 2", "(u - row) / 2, v"),
@@ -141,6 +144,7 @@ MUTATIONS = [
     Mutation("proxy's self term transposes its weights", "fields/scores", "self._images(x, x, at, a, a, own=True)", "self._images(x, x, at, a, a.flip(-1), own=True)"),
     Mutation("Algorithm 2, softmaxes without the root", "fields/scores", "K - (row.unsqueeze(-1) + column.unsqueeze(-2)) / 2", "K - (row.unsqueeze(-1) + column.unsqueeze(-2))"),
     Mutation("Algorithm 2, rows never concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
+    Mutation("Algorithm 2, self-affinities kept", "fields/scores", "device=x.device), -torch.inf)", "device=x.device), 0.0)"),
     # two modes: closed forms and the fields at the right one
     Mutation("two modes, scores by the model's crowd twice", "closed_forms/atoms", "gap / (here * there)", "gap / (there * there)"),
     Mutation("two modes, proxy without the kernel in its column", "closed_forms/atoms", "math.sqrt((beta + right * k) * here)", "math.sqrt(beta * here)"),

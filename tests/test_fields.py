@@ -752,6 +752,7 @@ def test_extreme_ratios_of_a_bounded_variation():
 
 EVERY = {
     "ScoreDifference": F.ScoreDifference(0.7),
+    "ScoreDifference, laplace": F.ScoreDifference(0.7, "laplace"),
     "SmoothedKL": F.SmoothedKL(0.7, 3),
     "SmoothedKL, draws": F.SmoothedKL(0.7, draws=5),
     "SinkhornProxy": F.SinkhornProxy(0.5),
@@ -866,6 +867,7 @@ def test_at_the_particles(name):
 
 IN_SINGLE = {
     "ScoreDifference": lambda s: F.ScoreDifference(s),
+    "ScoreDifference, laplace": lambda s: F.ScoreDifference(s, "laplace"),
     "SmoothedKL": lambda s: F.SmoothedKL(s, 1),
     "SinkhornProxy": lambda s: F.SinkhornProxy(s * s, 3),
     "Drift": lambda s: F.Drift((s / 4, s)),
@@ -1084,6 +1086,7 @@ def test_choices():
     refused(lambda: F.Drift(0.1), "temperatures must be a tuple", "got 0.1")
     refused(lambda: F.Drift(()), "temperatures must be a tuple", r"got \(\)")
     refused(lambda: F.Drift([0.1]), "temperatures must be a tuple", r"got \[0.1\]")
+    refused(lambda: F.ScoreDifference(0.5, "imq"), "kernel must be 'gaussian' or 'laplace'", "imq")
     refused(lambda: F.Drift(distance="cosine"), "distance must be 'euclidean' or 'squared'", "cosine")
     refused(lambda: F.Drift(normalisation="rows"), "normalisation must be 'concatenated' or 'separate'", "rows")
     for make in (F.MMD, lambda *given: F.DrMMD(0.1, *given), lambda *given: F.KALE(0.1, *given)):

@@ -24,7 +24,7 @@ def ou_moments(
 
     Used in
     -------
-    :prf:ref:`thm-ou-flow`, :prf:ref:`thm-jko-step`
+    :prf:ref:`thm-ou-flow`, :prf:ref:`thm-jko-step`, :prf:ref:`thm-flow-matching-gaussians`
     """
     if isinstance(t, bool) or not (isinstance(t, int | float) and 0 <= t < math.inf):
         raise ValueError(f"t must be a non-negative finite number, got {t!r}")

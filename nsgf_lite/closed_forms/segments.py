@@ -60,7 +60,7 @@ def gaussian_w2(a: Vector, A: Matrix, b: Vector, B: Matrix) -> Tensor:
 
     Used in
     -------
-    :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`
+    :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`, :prf:ref:`thm-flow-matching-gaussians`
     """
     (a, A), (b, B) = _pair(("a", a, "A", A), ("b", b, "B", B))
     root = _root(A)
@@ -78,7 +78,8 @@ def segment_law(t: float, m: Vector, S: Matrix, target_mean: Vector, target_cova
 
     Used in
     -------
-    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`
+    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`,
+    :prf:ref:`thm-flow-matching-gaussians`
     """
     return _at(_moment(t), *_laws(m, S, target_mean, target_covariance))
 
@@ -97,7 +98,7 @@ def segment_velocity(
 
     Used in
     -------
-    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`
+    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-flow-matching-gaussians`
     """
     t, (start, end) = _moment(t), _laws(m, S, target_mean, target_covariance)
     mean, covariance = _at(t, start, end)

@@ -25,36 +25,51 @@ class ScoreDifference(Formula):
     Parameters
     ----------
     h : float
-        Bandwidth of the kernel ``exp(-|x - y|^2 / (2 h^2))``, in units of length.
+        Bandwidth, in units of length, of the kernel ``exp(-|x - y|^2 / (2 h^2))``.
+    kernel : str
+        ``gaussian``; or ``laplace``, which weighs displacements with ``exp(-|x - y| / h)`` and normalises with the
+        kernel k that makes this a gradient, ``(1 + |x - y| / h) exp(-|x - y| / h)``.
 
     Raises
     ------
     ValueError
-        If h is not positive; when called, as :func:`nsgf_lite.potentials`, or if h is so small that ``|x-y|/h``
-        overflows.
+        If a parameter is out of range; when called, as :func:`nsgf_lite.potentials`, or if h is so small that
+        ``|x-y|/h`` overflows.
 
     Source
     ------
-    Deng et al. (2026), equation 8; the note on drifting (2026), equations 10 to 14.
+    Deng et al. (2026), equation 8; the note on drifting (2026), equations 10 to 14; Franz et al. (2026), sharp kernels.
 
     Used in
     -------
     :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`, :prf:ref:`thm-two-modes-scores`,
-    :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-kl-field-not-a-gradient`
+    :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-kl-field-not-a-gradient`, :prf:ref:`thm-smoothed-flow-any-kernel`
     """
 
     h: float
+    kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
         read_positive(h=self.h)
+        if self.kernel not in ("gaussian", "laplace"):
+            raise ValueError(f"kernel must be 'gaussian' or 'laplace', got {self.kernel!r}")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
     ) -> Tensor:
         z = x if at is None else at
+        if self.kernel == "laplace":
+            return self._sharp(z, y, b, own=False) - self._sharp(z, x, a, own=at is None)
         towards, _ = _mean_shift(log_kernel(z, y, self.h) + b.log().unsqueeze(-2), y)
         away, _ = _mean_shift(log_kernel(z, x, self.h, own=at is None) + a.log().unsqueeze(-2), x)
         return towards - away
+
+    def _sharp(self, z: Tensor, points: Tensor, weights: Tensor, own: bool) -> Tensor:
+        """Displacements weighed with the Laplace kernel, over the sum of a kernel whose gradient that is."""
+        K, log_weights = log_kernel(z, points, self.h, "laplace", own), weights.log().unsqueeze(-2)
+        image, total = _mean_shift(K + log_weights, points)
+        log_sharp = torch.logsumexp(K + torch.log1p(-K) + log_weights, -1)
+        return torch.exp(total - log_sharp).unsqueeze(-1) * (image - z)
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,8 @@ class SinkhornProxy(Formula):
     -------
     :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
     :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`,
-    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`
+    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`,
+    :prf:ref:`thm-one-shot-no-gradient`
     """
 
     eps: float
@@ -227,7 +243,8 @@ class Drift(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-affinity-floor`, :prf:ref:`thm-floor-rest`
+    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-one-shot-no-gradient`, :prf:ref:`thm-affinity-floor`,
+    :prf:ref:`thm-floor-rest`
     """
 
     temperatures: tuple[float, ...] = (0.05,)
