@@ -18,7 +18,7 @@ from conftest import ROOT, require
 
 import nsgf_lite as nl
 from nsgf_lite.closed_forms import gaussian_divergence, gaussian_map, gaussian_ot
-from nsgf_lite.transport.sinkhorn import Potentials
+from nsgf_lite.transport.problem import Extension, Potentials
 
 F64 = torch.float64
 DEVICES = [
@@ -669,10 +669,11 @@ def test_blocks():
     g = torch.Generator().manual_seed(0)
     m, k = 2**20, 20
     y, points = torch.randn(m, 1, generator=g, dtype=F64), torch.randn(k, 1, generator=g, dtype=F64)
-    pot = Potentials(torch.zeros(1), torch.randn(m, generator=g, dtype=F64), 0, 0.0, True)
-    T = nl.BarycentricMap(y, torch.full((m,), 1 / m, dtype=F64), 0.5, pot, torch.zeros(1, m, dtype=F64))
-    assert [len(S) for S, _ in T._blocks(points)] == [16, 4], "the test must need several blocks"
-    S = (pot.g - (points - y.T).square() / 2) / 0.5
+    b, dual = torch.full((m,), 1 / m, dtype=F64), torch.randn(m, generator=g, dtype=F64)
+    extension = Extension(y[None], b[None], dual[None], 0.5, None, 8)
+    T = nl.BarycentricMap(y, b, 0.5, Potentials(b, dual, 0, 0.0, True), torch.zeros(1, m, dtype=F64), extension)
+    assert [S.shape[1] for S, _ in extension.blocks(points[None])] == [16, 4], "the test must need several blocks"
+    S = (dual - (points - y.T).square() / 2) / 0.5
     reached("T", (T(points) - torch.softmax(S, 1) @ y).abs().max(), 1e-12)
     f = -0.5 * (torch.logsumexp(S, 1) - math.log(m))
     reached("f", (T.potential(points) - f).abs().max(), 1e-12)

@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, median_distance, warn_underflow
-from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.transport.sinkhorn import ConvergenceWarning, _outside
+from nsgf_lite.inputs import read_parameters, read_positive
+from nsgf_lite.transport.problem import ConvergenceWarning, _outside
+from nsgf_lite.transport.solver import centre
 
 Bandwidth = float | tuple[float, ...] | None
 
@@ -47,13 +48,16 @@ class Kernel:
             raise ValueError(f"kernel must be 'gaussian' or 'laplace', got {self.kernel!r}")
         if self.h == ():
             raise ValueError("h must name at least one bandwidth, got ()")
-        for h in () if self.h is None else self.h if isinstance(self.h, tuple) else (self.h,):
-            read_positive(h=h)
+        if isinstance(self.h, tuple):
+            object.__setattr__(self, "h", tuple(read_positive(h=h)[0] for h in self.h))
+        elif self.h is not None:
+            read_parameters(self, positive="h")
 
-    def widths(self, x: Tensor, y: Tensor) -> list[float | Tensor]:
+    def widths(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> list[float | Tensor]:
         """The bandwidths to sum over; for a batch, the median heuristic gives one for each problem."""
         if self.h is None:
-            return [median_distance(x, y).squeeze() if x.ndim == 2 else median_distance(x, y)]
+            h = median_distance(x, y, a, b)
+            return [h.squeeze() if x.ndim == 2 else h]
         return list(self.h) if isinstance(self.h, tuple) else [self.h]
 
     def gram(self, x: Tensor, y: Tensor, widths: list[float | Tensor], own: bool = False) -> Tensor:
@@ -65,8 +69,8 @@ class Kernel:
     ) -> tuple[Tensor, Tensor]:
         """Minus the gradient of ``Σ_l c_l k(·, atoms_l)`` at z (…, k, d), zero at a Laplace kernel's kink; and the
         largest exponent of each problem."""
-        centre = atoms.detach().mean(-2, keepdim=True)
-        z, atoms = z - centre, atoms - centre
+        origin = centre(atoms)
+        z, atoms = z - origin, atoms - origin
         velocity, largest = torch.zeros_like(z), z.new_full(z.shape[:-2], -torch.inf)
         for h in widths:
             E = log_kernel(z, atoms, h, self.kernel, own)
@@ -92,7 +96,7 @@ class _Witness(Formula):
         z = points
         if self.double:
             x, y, z, a, b = (t.double() for t in (x, y, z, a, b))
-        widths = kernel.widths(x, y)
+        widths = kernel.widths(x, y, a, b)
         alpha, scale = self._coefficients(kernel, widths, x, y, a, b)
         towards, largest = kernel.descend(z, y, alpha, widths)
         away, _ = kernel.descend(z, x, a, widths, own=at is None)
@@ -135,7 +139,7 @@ class MMD(_Witness):
     kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
@@ -178,8 +182,8 @@ class DrMMD(_Witness):
     double = True
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
-        read_positive(lam=self.lam)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
+        read_parameters(self, positive="lam")
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
@@ -247,9 +251,8 @@ class KALE(_Witness):
     double = True
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
-        read_positive(lam=self.lam, tol=self.tol)
-        read_counts(max_iter=self.max_iter)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
+        read_parameters(self, positive="lam tol", counts="max_iter")
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
