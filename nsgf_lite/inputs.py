@@ -66,28 +66,33 @@ def read_clouds(**clouds: Tensor) -> None:
             )
 
 
+def _number(value: object) -> float:
+    """The value as one of Python's numbers, NaN if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return value if isinstance(value, int) else float(value)
+
+
+def _numbers(need: str, holds: Callable[[float], bool], numbers: dict[str, float]) -> list[float]:
+    for name, value in numbers.items():
+        if not holds(_number(value)):
+            raise ValueError(f"{name} must be a {need}, got {value!r}")
+    return [_number(value) for value in numbers.values()]
+
+
 def read_positive(**numbers: float) -> list[float]:
     """The named numbers as Python's; ValueError unless they are positive and finite."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not (isinstance(value, Real) and 0 < value <= _MOST):
-            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return [value if type(value) is int else float(value) for value in numbers.values()]
-
-
-def read_finite(**numbers: float) -> list[float]:
-    """The named numbers as Python's; ValueError unless they are finite."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not (isinstance(value, Real) and -_MOST <= value <= _MOST):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return [value if type(value) is int else float(value) for value in numbers.values()]
+    return _numbers("positive finite number", lambda value: 0 < value <= _MOST, numbers)
 
 
 def read_sizes(**numbers: float) -> list[float]:
     """The named numbers as Python's; ValueError unless they are zero or more, and finite."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= value <= _MOST):
-            raise ValueError(f"{name} must be a non-negative finite number, got {value!r}")
-    return read_finite(**numbers)
+    return _numbers("non-negative finite number", lambda value: 0 <= value <= _MOST, numbers)
+
+
+def read_finite(**numbers: float) -> list[float]:
+    """The named numbers as Python's; ValueError unless they are finite."""
+    return _numbers("finite number", lambda value: abs(value) <= _MOST, numbers)
 
 
 def read_counts(**counts: int) -> list[int]:

@@ -65,7 +65,7 @@ class Gaussian:
         if covariance.shape != (d, d) or not torch.equal(covariance, covariance.T):
             raise ValueError(f"covariance must be a symmetric {d} by {d} matrix, got {self.covariance}")
         root, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:
+        if failed or not bool(torch.isfinite(covariance).all()):
             raise ValueError(f"covariance must be positive definite, got {self.covariance}")
         z = _normal(n, generator, dtype, d)
         return z @ root.T.to(z) + mean.to(z)

@@ -76,8 +76,8 @@ MUTATIONS = [
     Mutation("plan at twice the temperature", "transport/problem", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
     Mutation("plan transposed", "transport/sinkhorn", "(problem.b > 0).unsqueeze(-2))", "(problem.b > 0).unsqueeze(-2)).mT"),
     Mutation("potentials swapped", "transport/problem", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
-    Mutation("extended map ignores the weights", "transport/problem", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
-    Mutation("extended potential with the wrong sign", "transport/problem", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
+    Mutation("extended map ignores the weights", "transport/problem", "yield softmax(S + self.b.log().unsqueeze(-2))", "yield softmax(S + 0)"),
+    Mutation("extended potential with the wrong sign", "transport/problem", "p - self.eps * torch.logsumexp(S + self.b", "p + self.eps * torch.logsumexp(S + self.b"),
     # fields
     Mutation("velocity without the self term", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("towards", y, b) - (x if at is None else at)'),
     Mutation("velocity uphill", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("away", x, a) - images("towards", y, b)'),

@@ -527,10 +527,12 @@ def test_tolerance_below_rounding_is_raised():
     assert pot.converged and pot.marginal_error <= 10 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("d", [2, 9])
 @pytest.mark.parametrize("own", [False, True])
-def test_warm_start(own):
-    """Along a path, a start from the last potentials gives the same answer in fewer steps."""
-    x, y, a, b = clouds(20, n=60, m=60)
+def test_warm_start(own, d):
+    """Along a path, a start from the last potentials gives the same answer in fewer steps, with norms or without."""
+    x, y, a, b = clouds(20, n=60, m=60, d=d)
+    x, y = x * math.sqrt(2 / d), y * math.sqrt(2 / d)
     v = nl.fields.Sinkhorn(0.1, tol=1e-8)
     last, cold_steps, warm_steps = None, 0, 0
     for _ in range(8):
@@ -635,6 +637,16 @@ def test_tiny_temperature(dtype):
         warnings.simplefilter("ignore", nl.ConvergenceWarning)  # float32 cannot certify a plan this sharp
         P = nl.plan(x.to(dtype), y.to(dtype), 1e-4, tol=1e-6)
     reached(f"assignment, {dtype}", np.abs(P.double().numpy() - exact).max(), 1e-6)
+
+
+def test_a_map_far_from_the_origin():
+    """Norms of a thousand would leave single precision nothing of a kernel of inner products."""
+    x, y, a, b = (t.float() for t in clouds(26, n=40, m=50, d=9))
+    x, y, points = ((16 * t).round() / 16 for t in (x, y, x + 0.1))
+    there, here = (nl.barycentric_map(x + s, y + s, 0.5, a, b, tol=1e-5)(points + s) - s for s in (1024.0, 0.0))
+    reached("T at offset 1024", (there - here).abs().max(), 2e-3)
+    exact = nl.barycentric_map(*(t.double() for t in (x, y)), 0.5, *(t.double() / t.sum() for t in (a, b)))
+    reached("T", (there - exact(points.double())).abs().max(), 2e-3)
 
 
 @pytest.mark.parametrize("d", [2, 784])

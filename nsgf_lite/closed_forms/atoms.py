@@ -12,10 +12,11 @@ from torch import Tensor
 from nsgf_lite.inputs import LARGEST, read_clouds, read_positive
 
 
-def _read_masses(alpha: float, beta: float) -> None:
+def _read_masses(alpha: float, beta: float) -> tuple[float, float]:
     for name, mass in (("alpha", alpha), ("beta", beta)):
         if isinstance(mass, bool) or not (isinstance(mass, Real) and 0 < mass < 1):
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
+    return float(alpha), float(beta)
 
 
 def _read_lengths(**lengths: float) -> list[float]:
@@ -43,7 +44,7 @@ def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Ten
     -------
     :prf:ref:`thm-two-atoms`, :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-cluster-split`
     """
-    _read_masses(alpha, beta)
+    alpha, beta = _read_masses(alpha, beta)
     (distance,), (eps,) = _read_lengths(distance=distance), read_positive(eps=eps)
     k2 = torch.exp(torch.tensor(-(distance**2) / eps, dtype=torch.float64))
     linear = (beta - alpha) + k2 * (alpha + 1 - beta)
@@ -88,7 +89,7 @@ def two_atom_velocity(
     :prf:ref:`thm-two-modes-scores`, :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-two-modes-wasserstein`,
     :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-float32-horizon`, :prf:ref:`thm-cluster-split`
     """
-    _read_masses(alpha, beta)
+    alpha, beta = _read_masses(alpha, beta)
     distance, h = _read_lengths(distance=distance, h=h)
     if order not in (None, 1, 2):
         raise ValueError(f"order must be None, 1 or 2, got {order!r}")

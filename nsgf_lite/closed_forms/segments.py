@@ -171,6 +171,9 @@ def handover_constant(tau: float, sigma: float, radius: float) -> float:
     tau = _moment(tau)
     try:
         w = (1 - tau) ** 2 + tau**2 * sigma**2
-        return sigma / math.sqrt(w) * math.exp(radius**2 / 2 * (1 / sigma**2 - tau**2 / w))
+        factor = sigma / math.sqrt(w) * math.exp(radius**2 / 2 * (1 / sigma**2 - tau**2 / w))
     except (OverflowError, ZeroDivisionError):
-        raise ValueError(f"radius must be smaller beside sigma, got {radius!r} and {sigma!r}: it overflows") from None
+        factor = math.inf
+    if not math.isfinite(factor):
+        raise ValueError(f"radius must be smaller beside sigma, got {radius!r} and {sigma!r}: the factor overflows")
+    return factor

@@ -116,6 +116,7 @@ class Wasserstein:
             raise ValueError("at must be None: the exact plan gives a velocity at the particles only")
         read_generator(generator)
         P = exact_plan(x, y, a, b)
+        y = y if b is None else gathered(y, read_weights("b", b, y))
         origin = centre(y)
         x, y = x - origin, y - origin
         mass = P.sum(1, keepdim=True)

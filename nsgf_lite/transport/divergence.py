@@ -59,7 +59,7 @@ class _Cost(torch.autograd.Function):
         weight = grad.unsqueeze(-1) * (2 if ctx.own else 1)
 
         def pull(x: Tensor, a: Tensor, extension: Extension) -> Tensor:
-            return ((weight * a).unsqueeze(-1) * (extension.seen(x) - extension.images(x))).to(x.dtype)
+            return ((weight * a).unsqueeze(-1) * extension.displacement(x)).to(x.dtype)
 
         dx = pull(x, a, ctx.towards) if need[0] else None
         dy = pull(y, b, ctx.back) if need[1] and not ctx.own else None

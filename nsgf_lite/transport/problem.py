@@ -66,18 +66,34 @@ class Extension:
         return points.to(self.y) if self.origin is None else points.to(self.y) - self.origin
 
     def blocks(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Exponents of the kernel with the weights, a few million entries at a time, and the norms left outside."""
+        """Exponents of the kernel, a few million entries at a time, and the norms left outside."""
         for block in points.split(max(1, 2**24 // self.y[..., 0].numel()), -2):
             H, p, _ = affinity(self.seen(block), self.y, self.plane)
-            yield (H + self.g.unsqueeze(-2)) / self.eps + self.b.log().unsqueeze(-2), p
+            yield (H + self.g.unsqueeze(-2)) / self.eps, p
+
+    def rows(self, points: Tensor) -> Iterator[Tensor]:
+        """Rows of the plan from each of the points, with sum one."""
+        for S, _ in self.blocks(points):
+            yield softmax(S + self.b.log().unsqueeze(-2))
 
     def images(self, points: Tensor) -> Tensor:
         """Mean of y given each of the points, as y is seen; differentiable in them."""
-        return torch.cat([softmax(S) @ self.y for S, _ in self.blocks(points)], -2)
+        return torch.cat([rows @ self.y for rows in self.rows(points)], -2)
+
+    def displacement(self, points: Tensor) -> Tensor:
+        """The gradient of f, points less their images, without the rounding of what may be far from zero."""
+        origin = centre(self.y)
+        return self.seen(points) - origin - torch.cat([rows @ (self.y - origin) for rows in self.rows(points)], -2)
 
     def potential(self, points: Tensor) -> Tensor:
         """The potential f at the points, differentiable in them."""
-        return torch.cat([p - self.eps * torch.logsumexp(S, -1) for S, p in self.blocks(points)], -1)
+        parts = []
+        for S, p in self.blocks(points):
+            if float(S.detach().abs().amax()) < 1 / 32:  # as in :func:`hot`
+                parts.append(p - self.eps * torch.log1p((torch.expm1(S) @ self.b.unsqueeze(-1)).squeeze(-1)))
+            else:
+                parts.append(p - self.eps * torch.logsumexp(S + self.b.log().unsqueeze(-2), -1))
+        return torch.cat(parts, -1)
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,11 @@ def gathered(x: Tensor, a: Tensor) -> Tensor:
 
 def centre(y: Tensor) -> Tensor:
     """Mean of the bulk of each cloud, shape (…, 1, d): costs do not depend on it, the rounding of what is made of the
-    points does. Points four times as far from the mean as the median point are left out."""
+    points does. Points more than twice as far from the mean as the median point are left out."""
     y = y.detach()
     mean = y.mean(-2, keepdim=True)
     far = (y - mean).square().sum(-1)
-    bulk = far <= 16 * far.median(-1, keepdim=True).values
+    bulk = far <= 4 * far.median(-1, keepdim=True).values
     if bool(bulk.all()):
         return mean
     return torch.where(bulk.unsqueeze(-1), y, 0).sum(-2, keepdim=True) / bulk.sum(-1)[..., None, None]
