@@ -93,6 +93,7 @@ def agree(these, those, tol, trim=False):
 FIELDS = {
     "Sinkhorn": lambda eps, tol: fields.Sinkhorn(eps, tol),
     "ScoreDifference": lambda h: fields.ScoreDifference(h),
+    "ScoreDifference, laplace": lambda h: fields.ScoreDifference(h, "laplace"),
     "SmoothedKL": lambda h, nodes: fields.SmoothedKL(h, nodes),
     "SmoothedKL, draws": lambda h, draws: fields.SmoothedKL(h, draws=draws),
     "SinkhornProxy": lambda eps, iterations: fields.SinkhornProxy(eps, iterations),
@@ -619,7 +620,8 @@ ELSEWHERE = {
     "fields": {"Field", "UnderflowWarning"},
     "closed_forms": set(),
     "metrics": set(),
-    "networks": {"MLP", "Residual", "Stack", "call", "seeded"},  # test_models, test_fields.test_residual_networks
+    # test_models, test_training, test_fields.test_residual_networks
+    "networks": {"MLP", "Residual", "Stack", "call", "seeded", "evaluating", "lent_chance", "valued"},
     "plots": {"use", "cloud", "arrows", "frames"},  # test_figures
     "toy": {"Law"},
 }
