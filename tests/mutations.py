@@ -50,8 +50,8 @@ MUTATIONS = [
     # closed forms
     Mutation("Gaussian map without its one half", "closed_forms/gaussians", "slope = 2 * (half / (", "slope = 4 * (half / ("),
     Mutation("Gaussian map as C A^-1, not symmetric", "closed_forms/gaussians", "return (slope + slope.T) / 2", "return A @ slope @ torch.linalg.inv(A)"),
-    Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms/gaussians", "torch.log((D + eps) / (2 * eps))", "torch.log((D + eps) / eps)"),
-    Mutation("Gaussian cost without tr D", "closed_forms/gaussians", "A.trace() + B.trace() - D.sum()", "A.trace() + B.trace()"),
+    Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms/gaussians", "torch.log1p(excess / (2 * eps))", "torch.log1p(excess / eps)"),
+    Mutation("Gaussian cost without tr D", "closed_forms/gaussians", "A.trace() + B.trace() - excess.sum()", "A.trace() + B.trace()"),
     Mutation("Gaussian divergence, self terms whole", "closed_forms/gaussians", "gaussian_ot(b, B, b, B, eps)) / 2", "gaussian_ot(b, B, b, B, eps))"),
     Mutation("Gaussian velocity without its self slope", "closed_forms/gaussians", "gaussian_map(A, B, eps) - gaussian_map(A, A, eps)", "gaussian_map(A, B, eps) - torch.eye(len(gaussian_map(A, A, eps)))"),
     Mutation("Gaussian flow without its self slope", "closed_forms/gaussians", "_slope(now, target, eps) - _slope(now, now, eps)", "_slope(now, target, eps) - torch.eye(d, dtype=torch.float64)"),
@@ -73,11 +73,11 @@ MUTATIONS = [
     # potentials, plans, maps
     Mutation("plan ignores the source weights", "transport/sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
     Mutation("plan ignores the target weights", "transport/sinkhorn", "rows = softmax(exponent + problem.b.log().unsqueeze(-2))", "rows = softmax(exponent + 0.0)"),
-    Mutation("plan at twice the temperature", "transport/sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
+    Mutation("plan at twice the temperature", "transport/problem", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
     Mutation("plan transposed", "transport/sinkhorn", "(problem.b > 0).unsqueeze(-2))", "(problem.b > 0).unsqueeze(-2)).mT"),
-    Mutation("potentials swapped", "transport/sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
-    Mutation("extended map ignores the weights", "transport/sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
-    Mutation("extended potential with the wrong sign", "transport/sinkhorn", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
+    Mutation("potentials swapped", "transport/problem", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
+    Mutation("extended map ignores the weights", "transport/problem", "yield softmax(S + self.b.log().unsqueeze(-2))", "yield softmax(S + 0)"),
+    Mutation("extended potential with the wrong sign", "transport/problem", "p - self.eps * torch.logsumexp(S + self.b", "p + self.eps * torch.logsumexp(S + self.b"),
     # fields
     Mutation("velocity without the self term", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("towards", y, b) - (x if at is None else at)'),
     Mutation("velocity uphill", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("away", x, a) - images("towards", y, b)'),
@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation("particles step backwards", "particles", "return x + step * sum(", "return x - step * sum("),
     Mutation("particles forget their weights on the way", "particles", 'given = {"a": a, "b": b, "generator": generator}', 'given = {"a": None, "b": b, "generator": generator}'),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
-    Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
+    Mutation("W_2 squared for W_2", "metrics", "return unit * math.sqrt(float((P * (distance / unit).square()).sum()))", "return unit * float((P * (distance / unit).square()).sum())"),
     # trajectories, the pool, and what is regressed on and sampled
     Mutation("pool pairs each velocity with the next position", "models/pool", "        positions.append(x)\n        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n", "        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n        positions.append(x)\n"),
     Mutation("pool stores the velocity of the gradient's sign", "models/pool", "velocities.append(v)", "velocities.append(-v)"),

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from nsgf_lite.fields.base import Warm
-from nsgf_lite.inputs import read_clouds, read_positive
+from nsgf_lite.inputs import exact, read_clouds, read_generator, read_parameters
 from nsgf_lite.networks import Residual, evaluating, seeded, valued
 from nsgf_lite.training import Training, train
 
@@ -73,8 +73,15 @@ class Critic:
         if self.divergence not in _FORMS:
             raise ValueError(f"divergence must be one of {', '.join(_FORMS)}, got {self.divergence!r}")
         if self.penalty != 0:
-            read_positive(penalty=self.penalty)
+            read_parameters(self, positive="penalty")
+        if self.make is not None and not callable(self.make):
+            raise ValueError(f"make must be None or a function make(d), got {self.make!r}")
+        if not isinstance(self.training, Training | None):
+            raise ValueError(f"training must be None or a Training, got {self.training!r}")
 
+    @exact
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         x: Tensor,
@@ -107,6 +114,10 @@ class Critic:
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
         self._read(x)
+        read_generator(generator)
+        if not isinstance(training, Training | None):
+            raise ValueError(f"training must be None or a Training, got {training!r}")
+        x, y = x.clone(), y.clone()  # which may have been made in inference mode, where nothing is differentiated
         training = training or self.training or Training(steps=200, rate=1e-3, decay=0, warmup=0, ema=0.0)
         chance = generator or torch.Generator(x.device).manual_seed(0)
         if self.network is None:
@@ -166,6 +177,7 @@ class Critic:
             network.load_state_dict(weights)
             self.network = network
 
+    @exact
     def __call__(
         self,
         x: Tensor,
