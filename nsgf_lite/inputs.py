@@ -68,9 +68,16 @@ def read_clouds(**clouds: Tensor) -> None:
 
 def _number(value: object) -> float:
     """The value as one of Python's numbers, NaN if it is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool):
         return math.nan
-    return value if isinstance(value, int) else float(value)
+    if isinstance(value, int):
+        return value
+    return float(value) if isinstance(value, Real) else math.nan
+
+
+def _integer(value: object) -> int | None:
+    """The value as one of Python's integers, None if it is none."""
+    return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
 
 
 def _numbers(need: str, holds: Callable[[float], bool], numbers: dict[str, float]) -> list[float]:
@@ -98,7 +105,8 @@ def read_finite(**numbers: float) -> list[float]:
 def read_counts(**counts: int) -> list[int]:
     """The named numbers as Python's; ValueError unless they are positive integers."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not (isinstance(value, Integral) and value > 0):
+        number = _integer(value)
+        if number is None or number <= 0:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return [int(value) for value in counts.values()]
 
@@ -106,7 +114,8 @@ def read_counts(**counts: int) -> list[int]:
 def read_naturals(**counts: int) -> list[int]:
     """The named numbers as Python's; ValueError unless they are integers, zero or more."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not (isinstance(value, Integral) and value >= 0):
+        number = _integer(value)
+        if number is None or number < 0:
             raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
     return [int(value) for value in counts.values()]
 

@@ -58,7 +58,9 @@ def _median_distance(z: Tensor) -> float:
             d = d[d > 0]
             yield d, torch.bucketize(d, edges).clamp_max(len(edges) - 1)
 
-    counts = sum(torch.bincount(k, minlength=len(edges)) for _, k in looks())
+    counts = torch.zeros(len(edges), dtype=torch.long, device=z.device)
+    for _, k in looks():
+        counts += torch.bincount(k, minlength=len(edges))
     total = counts.cumsum(0)
     rank = (int(total[-1]) - 1) // 2
     home = int(torch.searchsorted(total, rank, right=True))

@@ -13,8 +13,9 @@ from nsgf_lite.inputs import LARGEST, read_clouds, read_positive
 
 
 def _read_masses(alpha: float, beta: float) -> tuple[float, float]:
-    for name, mass in (("alpha", alpha), ("beta", beta)):
-        if isinstance(mass, bool) or not (isinstance(mass, Real) and 0 < mass < 1):
+    masses: dict[str, object] = {"alpha": alpha, "beta": beta}
+    for name, mass in masses.items():
+        if isinstance(mass, bool) or not (isinstance(mass, Real) and 0 < float(mass) < 1):
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
     return float(alpha), float(beta)
 

@@ -71,7 +71,8 @@ class Formula:
         there = x if idle_x and at is None and self.anywhere else None
         x, y = gathered(x, a) if idle_x else x, gathered(y, b) if idle_y else y
         origin = centre(y)
-        x, y, at, there = (None if z is None else z - origin for z in (x, y, at, there))
+        x, y = x - origin, y - origin
+        at, there = (None if z is None else z - origin for z in (at, there))
         velocity = self._velocity(x, y, at, a, b, generator)
         if there is not None:  # particles of weight zero have the velocity of the points where they are
             velocity = torch.where((a > 0).unsqueeze(-1), velocity, self._velocity(x, y, there, a, b, generator))
