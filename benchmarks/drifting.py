@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.pieces import everything, keep
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, read_record, writable, write_record
 from benchmarks.table1 import SETS as TABLE
 
 RECORD = ROOT / "book" / "results" / "drifting.json"
@@ -187,7 +187,7 @@ def draw(name: str, of: dict) -> None:
 
 def finished(file: Path, of: dict) -> dict:
     """A piece, if it is of this commit and these settings."""
-    piece = json.loads(file.read_text())
+    piece = json.loads(file.read_text(encoding="utf-8"))
     if piece["of"] != of:
         raise ValueError(f"{file} is a piece of another run, {piece['of']}: remove {WORK}")
     return piece
@@ -208,7 +208,7 @@ def ground() -> dict:
 def earlier(fields: list[str]) -> dict:
     """The record as it stands, under the present names, without the fields that were run anew."""
     new = ground()
-    old = json.loads(RECORD.read_text()) if RECORD.exists() and set(fields) != {*FIELDS, "samples"} else {}
+    old = read_record(RECORD) if RECORD.exists() and set(fields) != {*FIELDS, "samples"} else {}
     for name, floor in new["floor"].items() if old else ():
         assert all(abs(old["floor"][name][key] / floor[key] - 1) < 1e-4 for key in floor), f"other floors on {name}"
     assert not old or new["settings"].items() <= old["settings"].items(), "the record has other settings"
@@ -259,7 +259,7 @@ def record(blocks: int, fields: list[str], of: dict) -> dict:
         out["provenance"] = source
     else:
         out["added"].append({"fields": fields, "provenance": source})
-    keep(RECORD, out)
+    write_record(RECORD, out, json.dumps(out))
     return out
 
 
@@ -298,6 +298,7 @@ def main() -> None:
     jobs += [(part("samples", name), draw, name, of) for name in drawn]
     for file in [job[0] for job in jobs if job[0].exists()]:
         finished(file, of)
+    writable(RECORD)
     if not given.report:
         with tqdm(total=len(jobs), desc="drifting", unit="piece", smoothing=0) as bar:
             everything(jobs, given.workers, bar)

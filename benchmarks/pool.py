@@ -11,7 +11,6 @@ both at eps = 0.25 (benchmarks/problems.py). The rounds take turns; seconds are 
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.problems import problem
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "pool_benchmark.json"
 STEP, STEPS, TOGETHER = 0.2, 20, 8
@@ -104,6 +103,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    if given.record:
+        writable(RECORD)
     torch.set_num_threads(1)
     start, rows = time.perf_counter(), []
     for name in ("A", "C"):
@@ -128,7 +129,7 @@ def main() -> None:
             "python -m benchmarks.pool", time.perf_counter() - start, ["nsgf-lite", "geomloss", "torch"]
         )
         record = {"provenance": source, "step": STEP, "steps": STEPS, "together": TOGETHER, "rows": rows}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, record)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def chosen(method: str) -> dict:
     if root:
         return chosen(root)
     grid = [(rate, value) for rate in RATES for value in METHODS[method].values]
-    results = [[json.loads(part("tune", method, *p, s).read_text()) for s in TUNING_SETS] for p in grid]
+    results = [[json.loads(part("tune", method, *p, s).read_text(encoding="utf-8")) for s in TUNING_SETS] for p in grid]
     tried = [
         {"rate": rate, "value": value, "ratio": statistics.fmean(r["ratio"] for r in each)}
         for (rate, value), each in zip(grid, results, strict=True)
@@ -157,13 +157,13 @@ def trained(method: str, name: str, seed: int, steps: int, budget: int) -> tuple
     clock = file.with_suffix(".seconds")
     if clock.exists():
         model.load(file)
-        return model, before + float(clock.read_text())
+        return model, before + float(clock.read_text(encoding="utf-8"))
     file.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     model.fit(*SETS[name], training(method, choice, budget), seed=seed, progress=False)
     seconds = time.perf_counter() - start
     model.save(file)
-    clock.write_text(f"{seconds:.2f}")
+    clock.write_text(f"{seconds:.2f}", encoding="utf-8")
     return model, before + seconds
 
 
@@ -245,11 +245,11 @@ def record(budget: int, seeds: int, seconds: float, workers: int) -> dict:
         choice = chosen(method)
         out["tuning"][method] = {"knob": entry.knob, "as": entry.teacher, **choice}
     for name in SETS:
-        base = json.loads(part("floor", name, TWINS).read_text())["w2"]
+        base = json.loads(part("floor", name, TWINS).read_text(encoding="utf-8"))["w2"]
         rows = {}
         for method in METHODS:
             files = [part(budget, "run", method, name, seed) for seed in range(seeds)]
-            done = [json.loads(file.read_text()) for file in files if file.exists()]
+            done = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
             if not done:
                 continue
             rows[method] = {}
@@ -266,16 +266,18 @@ def record(budget: int, seeds: int, seconds: float, workers: int) -> dict:
         out["sets"][name] = {"floor": statistics.fmean(base), "floor_sd": statistics.stdev(base), "methods": rows}
         file = part(budget, "again", name, seeds)
         if file.exists():
-            out["sets"][name]["again"] = json.loads(file.read_text())
+            out["sets"][name]["again"] = json.loads(file.read_text(encoding="utf-8"))
         lines = {m: part(budget, "curves", m, name) for m in METHODS}
-        out["curves"][name] = {m: json.loads(file.read_text()) for m, file in lines.items() if file.exists()}
+        out["curves"][name] = {
+            m: json.loads(file.read_text(encoding="utf-8")) for m, file in lines.items() if file.exists()
+        }
     for name, lines in out["curves"].items():
         if name not in ("8gaussians", "moons"):  # the page draws the paths of these two
             for line in lines.values():
                 line.pop("paths")
     out["provenance"] = provenance("python -m benchmarks.table1", seconds, ["nsgf-lite", "torch", "POT", "scipy"])
     RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(out, indent=None, separators=(",", ":")) + "\n")
+    RECORD.write_text(json.dumps(out, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
     return out
 
 
@@ -316,13 +318,15 @@ def main() -> None:
     more = [(part(budget, "again", name, given.seeds), again, name, given.seeds, budget) for name in SETS]
     stages = [tuning + floor_jobs, *rounds, lines + more]
     if not given.report:
-        start, before = time.perf_counter(), float(clock.read_text()) if clock.exists() else 0.0
+        start, before = time.perf_counter(), float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0
         with tqdm(total=sum(map(len, stages)), desc="table 1", unit="piece", smoothing=0) as bar:
             for stage in stages:
                 everything(stage, given.workers, bar)
                 clock.parent.mkdir(parents=True, exist_ok=True)
-                clock.write_text(f"{before + time.perf_counter() - start:.1f}")
-    show(record(budget, given.seeds, float(clock.read_text()) if clock.exists() else 0.0, given.workers))
+                clock.write_text(f"{before + time.perf_counter() - start:.1f}", encoding="utf-8")
+    show(
+        record(budget, given.seeds, float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0, given.workers)
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 
 import nsgf_lite as nl
 from benchmarks.pieces import keep
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "two_phase.json"
 # FFJORD's scales, and torchcfm's for the letter S.
@@ -112,12 +112,13 @@ def folder() -> Path:
 
 
 def main() -> None:
+    writable(RECORD)
     pieces = {(name, seed): folder() / f"{name}-{seed}.json" for name in SETS for seed in range(SEEDS)}
     for (name, seed), file in pieces.items():
         if not file.exists():
             keep(file, piece(name, seed))
-        print(name, seed, f"{json.loads(file.read_text())['seconds']:.0f} s", flush=True)
-    done = {key: json.loads(file.read_text()) for key, file in pieces.items()}
+        print(name, seed, f"{json.loads(file.read_text(encoding='utf-8'))['seconds']:.0f} s", flush=True)
+    done = {key: json.loads(file.read_text(encoding="utf-8")) for key, file in pieces.items()}
     seconds = sum(one["seconds"] for one in done.values())
     libraries = ["nsgf-lite", "torch", "numpy", "scipy", "pot"]
     record = {
@@ -126,7 +127,7 @@ def main() -> None:
         "floor": {k: [round(nl.metrics.w2(again, test), 4) for _, again, test in draws(*v)] for k, v in SETS.items()},
         "rows": [row for one in done.values() for row in one["rows"]],
     }
-    keep(RECORD, record)
+    write_record(RECORD, record, json.dumps(record))
 
 
 if __name__ == "__main__":

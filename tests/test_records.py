@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT
 from notebooks import chapters, is_claim, read
 
+from benchmarks.provenance import read_record
+
 RESULTS = ROOT / "book" / "results"
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json"))
 
@@ -217,6 +219,11 @@ CASES = [(record, what) for record, lies in FALSE.items() for what in lies]
 def drawn_nowhere(tmp_path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_says_what_was_written(record):
+    assert read_record(RESULTS / f"{record}.json")
 
 
 def test_every_record_that_a_page_reads_is_falsified():

@@ -62,7 +62,7 @@ def test_proofs_lean_on_each_other_in_no_circle():
     proof = re.compile(r":name: proof-(\S+)\n(.*?)^:::$", re.S | re.M)
     uses = {}
     for chapter in (ROOT / "book").glob("*.md"):
-        for name, text in proof.findall(chapter.read_text()):
+        for name, text in proof.findall(chapter.read_text(encoding="utf-8")):
             uses[f"thm-{name}"] = set(re.findall(r"\{prf:ref\}`(thm-[\w-]+)`", text))
     assert "thm-birkhoff" in uses["thm-entropic-duality"] and not uses["thm-birkhoff"]
     while uses:

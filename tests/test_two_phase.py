@@ -235,7 +235,7 @@ def test_closed_forms_take_single_precision_points():
 
 def test_the_recorded_run_says_what_the_chapter_says():
     """However many trainings it holds: rows of draws, one for each."""
-    run, rows = json.loads(RECORD.read_text()), {}
+    run, rows = json.loads(RECORD.read_text(encoding="utf-8")), {}
     for r in run["rows"]:
         rows.setdefault((r["set"], r["evaluations"], r["method"]), []).append(r["w2"])
     w2 = {key: torch.tensor(each) for key, each in rows.items()}

@@ -98,7 +98,7 @@ def machine() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M)
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), flags=re.M)
         processor = found[1] if found else processor
     told = {"processor": processor, "cores": str(os.cpu_count())}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, warn_underflow
-from nsgf_lite.inputs import read_counts, read_naturals, read_positive
+from nsgf_lite.inputs import read_parameters, read_positive
 
 
 def _mean_shift(exponent: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class ScoreDifference(Formula):
     kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
-        read_positive(h=self.h)
+        read_parameters(self, positive="h")
         if self.kernel not in ("gaussian", "laplace"):
             raise ValueError(f"kernel must be 'gaussian' or 'laplace', got {self.kernel!r}")
 
@@ -108,9 +108,7 @@ class SmoothedKL(Formula):
     draws: int = 0
 
     def __post_init__(self) -> None:
-        read_positive(h=self.h)
-        read_counts(nodes=self.nodes)
-        read_naturals(draws=self.draws)
+        read_parameters(self, positive="h", counts="nodes", naturals="draws")
 
     def _noise(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """Standard normal vectors (k, d) and their weights (k,)."""
@@ -178,8 +176,7 @@ class SinkhornProxy(Formula):
     iterations: int = 1
 
     def __post_init__(self) -> None:
-        read_positive(eps=self.eps)
-        read_counts(iterations=self.iterations)
+        read_parameters(self, positive="eps", counts="iterations")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
@@ -256,14 +253,14 @@ class Drift(Formula):
     def __post_init__(self) -> None:
         if not isinstance(self.temperatures, tuple) or not self.temperatures:
             raise ValueError(f"temperatures must be a tuple of positive numbers, got {self.temperatures!r}")
-        for temperature in self.temperatures:
-            read_positive(temperatures=temperature)
+        taus = tuple(read_positive(temperatures=tau)[0] for tau in self.temperatures)
+        object.__setattr__(self, "temperatures", taus)
         if self.distance not in ("euclidean", "squared"):
             raise ValueError(f"distance must be 'euclidean' or 'squared', got {self.distance!r}")
         if self.normalisation not in ("concatenated", "separate"):
             raise ValueError(f"normalisation must be 'concatenated' or 'separate', got {self.normalisation!r}")
         if self.floor != 0:
-            read_positive(floor=self.floor)
+            read_parameters(self, positive="floor")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
@@ -289,7 +286,7 @@ class Drift(Formula):
         z = x if at is None else at
         kernel = "laplace" if self.distance == "euclidean" else "gaussian"
         h = temperature if self.distance == "euclidean" else temperature**0.5
-        many_x, many_y = (a * x.shape[-2]).log(), (b * y.shape[-2]).log()  # weights as multiplicities
+        many_x, many_y = ((w * (w > 0).sum(-1, keepdim=True)).log() for w in (a, b))  # weights as multiplicities
         from_y, from_x = log_kernel(x, y, h, kernel), log_kernel(x, x, h, kernel, own=True)
         if self.ignore_self:
             from_x = from_x.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), -torch.inf)
@@ -310,5 +307,4 @@ class Drift(Formula):
             warn_underflow((total_y + total_x).amax(-1), x, y)
             return torch.exp(total_y + total_x).unsqueeze(-1) * (towards - away)
         A_y, A_x = (A.exp().clamp_min(self.floor) * mass.exp() for A, mass in ((log_y, masses[0]), (log_x, masses[1])))
-        centre = y.detach().mean(-2, keepdim=True)  # the velocity does not depend on it; rounding does
-        return A_x.sum(-1, keepdim=True) * (A_y @ (y - centre)) - A_y.sum(-1, keepdim=True) * (A_x @ (x - centre))
+        return A_x.sum(-1, keepdim=True) * (A_y @ y) - A_y.sum(-1, keepdim=True) * (A_x @ x)
