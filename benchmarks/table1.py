@@ -36,15 +36,17 @@ are better and none is worse, "ahead, in these"; otherwise the cells are listed,
 *Tuning.* Before any seed is run, each method's knobs are searched, one after the other, on the grid of KNOBS: of the
 present value and its two neighbours the best stays, and so on until every knob lies between two neighbours that are
 no better (it is bracketed; at the end of a grid, one neighbour), or TRIALS trials have been made, the same number for
-all. A trial trains on both sets of TUNING_SETS for two fifths of the budget and is judged by W_2 over the floor with
-*ten* steps, on five draws that the table never uses; a hundred steps take the same choice. Learning rate and decay of
-the weights' average are searched for all. NSGF's own knobs are eps, step, size of its minibatches and number of
-starting points in its pool; OT-CFM's are size of its minibatches and number of pairs in its table; EPT's its step (it
-averages no weights). 2-RF and 3-RF take 1-RF's choice. The trace of each search is in the record. One training is a
-noisy judge: neighbours that differ by little may be the wrong way round.
+all; the first round brackets each knob with the others as they then stand. A trial trains on both sets of TUNING_SETS
+for two fifths of the budget and is judged by W_2 over the floor with *ten* steps, on five draws that the table never
+uses; a hundred steps take the same choice. Learning rate and decay of the weights' average are searched for all. NSGF's
+own knobs are eps, step, size of its minibatches and number of starting points in its pool; OT-CFM's are size of its
+minibatches and number of pairs in its table; EPT's its step (it averages no weights). 2-RF and 3-RF take 1-RF's choice.
+The trace of each search is in the record. One training is a noisy judge: neighbours that differ by little may be the
+wrong way round.
 
 *Same for all.* Network (three hidden layers of 256), batch (256), Adam with a rise of 200 steps, one half cosine down,
 clipping at 1, and 5,000 optimiser steps. Averaged weights, warm-up, cosine and clipping are ours, not the paper's.
+Seconds are processor seconds.
 
 *The paper's budget.* NSGF and OT-CFM once more on two sets, with the paper's 20,000 steps and batch of 256, which is
 also the number of points that a Sinkhorn problem or a matching sees, and without average, warm-up, decay and clipping;
@@ -212,8 +214,8 @@ def identity() -> str:
 
 
 def keep(file: Path, result: dict, start: float) -> None:
-    """Write a piece with its identity and its seconds, atomically."""
-    pieces.keep(file, {"identity": identity(), "seconds of the piece": time.perf_counter() - start, **result})
+    """Write a piece with its identity and its processor seconds, atomically."""
+    pieces.keep(file, {"identity": identity(), "seconds of the piece": time.process_time() - start, **result})
 
 
 def read(file: Path) -> dict:
@@ -239,7 +241,7 @@ def label(choice: Choice) -> str:
 
 
 def floors(law: str) -> None:
-    start, target, values = time.perf_counter(), LAWS[law], []
+    start, target, values = time.process_time(), LAWS[law], []
     for k in range(FLOOR, FLOOR + FLOOR_PAIRS):
         g = torch.Generator().manual_seed(k)
         values.append(nl.metrics.w2(target.sample(POINTS, g), target.sample(POINTS, g)))
@@ -248,7 +250,7 @@ def floors(law: str) -> None:
 
 def trial(method: str, choice: Choice, name: str, budget: int) -> None:
     """Train with two fifths of the budget, and judge with ten steps on draws that the table never uses."""
-    start = time.perf_counter()
+    start = time.process_time()
     model = METHODS[method].make(STEPS[0], None, choice)
     model.fit(*SETS[name], training(choice, 2 * budget // 5), seed=99, progress=False)
     ratio = sum(scores(model, name, STEPS[0], VALIDATION, VALID)) / sum(floor(name, VALIDATION, VALID))
@@ -308,17 +310,12 @@ def tuned(method: str, budget: int) -> dict | None:
     best, trace, wanted = search(METHODS[method].start, look)
     if wanted:
         return None
-    held = {}
-    for knob in best:
-        near = neighbours(best, knob)
-        known = all(choice in trace for choice in near)
-        held[knob] = ("between two" if len(near) == 2 else "at the end of its grid") if known else "not looked around"
     tried = [{**choice, "ratio": look(choice)} for choice in trace]
-    return {"choice": best, "ratio": look(best), "held": held, "tried": tried}
+    return {"choice": best, "ratio": look(best), "tried": tried}
 
 
 def trained(method: str, name: str, seed: int, steps: int, budget: int) -> tuple[nl.Flow, float]:
-    """The fitted model, read from its file if there is one, and the seconds of its training, teachers included."""
+    """The fitted model, from its file if there is one, and the processor seconds of its training, teachers included."""
     entry, outcome = METHODS[method], tuned(method, budget)
     if outcome is None:
         raise ValueError(f"{method} has not been tuned yet")
@@ -330,9 +327,9 @@ def trained(method: str, name: str, seed: int, steps: int, budget: int) -> tuple
     if clock.exists():
         seconds = read(clock)["seconds"]
         return model.load(file), before + seconds
-    start = time.perf_counter()
+    start = time.process_time()
     model.fit(*SETS[name], training(choice, budget), seed=seed, progress=False)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     file.parent.mkdir(parents=True, exist_ok=True)
     model.save(file)
     keep(clock, {"seconds": seconds}, start)
@@ -340,7 +337,7 @@ def trained(method: str, name: str, seed: int, steps: int, budget: int) -> tuple
 
 
 def run(method: str, name: str, seed: int, budget: int) -> None:
-    start, result = time.perf_counter(), {}
+    start, result = time.process_time(), {}
     for steps in STEPS:
         model, seconds = trained(method, name, seed, steps, budget)
         result[str(steps)] = {"w2": scores(model, name, steps, DRAWS, TEST), "seconds": seconds}
@@ -349,7 +346,7 @@ def run(method: str, name: str, seed: int, budget: int) -> None:
 
 def paper(method: str, name: str, budget: int) -> None:
     """Four times the budget, at the paper's batch for everything, and without the habits that are ours."""
-    start, result = time.perf_counter(), {}
+    start, result = time.process_time(), {}
     outcome = tuned(method, budget)
     assert outcome is not None
     choice = {**outcome["choice"], "minibatch": PAPER_BATCH}
@@ -366,7 +363,7 @@ def paper(method: str, name: str, budget: int) -> None:
 
 def again(name: str, budget: int) -> None:
     """The first method's scores on other draws, the mean over seeds for each draw, and the floor on the same draws."""
-    start, method, count = time.perf_counter(), PAIR[0], MORE_DRAWS
+    start, method, count = time.process_time(), PAIR[0], MORE_DRAWS
     result: dict = {"method": method, "floor": floor(name, count, AGAIN)}
     for steps in STEPS:
         models = [trained(method, name, seed, steps, budget)[0] for seed in range(SEEDS)]
@@ -377,7 +374,7 @@ def again(name: str, budget: int) -> None:
 
 def curves(method: str, name: str, budget: int) -> None:
     """W_2 against evaluations of the network for each solver, and along the path; paths of a few particles (seed 0)."""
-    start, stages = time.perf_counter(), {"euler": 1, "heun": 2, "rk4": 4}
+    start, stages = time.process_time(), {"euler": 1, "heun": 2, "rk4": 4}
     result: dict = {"solvers": {}}
     for solver, cost in stages.items():
         line = {}
@@ -525,6 +522,23 @@ def overall(verdicts: list[str]) -> str:
     return "ahead" if seen == {"better"} else "undecided"
 
 
+def bracketed(tried: list[dict], best: Choice) -> dict[str, bool]:
+    """Whether each knob's value was seen between two that are no better, the others as they stood at some time."""
+
+    def plain(one: dict) -> Choice:
+        return {knob: value for knob, value in one.items() if knob != "ratio"}
+
+    ratio = {label(plain(one)): one["ratio"] for one in tried}
+    out = dict.fromkeys(best, False)
+    for knob in best:
+        for one in tried:
+            near = neighbours(plain(one), knob)
+            known = [ratio[label(choice)] for choice in near if label(choice) in ratio]
+            if one[knob] == best[knob] and len(known) == 2 and min(known) >= one["ratio"]:
+                out[knob] = True
+    return out
+
+
 def row(method: str, name: str, steps: str, budget: int, base: float) -> dict | None:
     """One entry of the table, from the seeds that have been run."""
     files = [part(budget, "run", method, name, seed) for seed in range(PAIR_SEEDS if method in PAIR else SEEDS)]
@@ -554,7 +568,8 @@ def record(budget: int) -> dict:
     for method, entry in METHODS.items():
         outcome = tuned(method, budget)
         if outcome:
-            out["tuning"][method] = {"as": entry.teacher, **outcome}
+            seen = bracketed(outcome["tried"], outcome["choice"])
+            out["tuning"][method] = {"as": entry.teacher, **outcome, "bracketed": seen}
     verdicts = []
     for name in SETS:
         file = part("floor", LAW_OF[name])
