@@ -40,12 +40,8 @@ def mean_square(one, other):
 # thm-floor ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("d", "shift", "scale"), [(1, 0.5, 1.0), (2, 0.0, 1.6), (3, 0.7, 0.5), (2, 0.0, 1.0)])
-def test_thm_floor(d, shift, scale):
-    """Scores of Gaussian samples against the closed form of the distance of their laws.
-
-    Checked by: closed form, brute force.
-    """
+def check_gaussians(d, shift, scale):
+    """Scores of Gaussian samples against the closed form of the distance of their laws."""
     n, tries = 12, 150
     y, twin, z = normal(0, tries, n, d), normal(1, tries, n, d), normal(2, tries, n, d)
     floor, score = scores(twin, y), scores(scale * z + shift, y)
@@ -62,11 +58,8 @@ def test_thm_floor(d, shift, scale):
     sharp(4.0 * d**0.5, scores(z + 4.0, y), at_least=0.9)
 
 
-def test_thm_floor_exactly():
-    """Two-point laws, where every sample can be listed; and what fails without independence.
-
-    Checked by: brute force.
-    """
+def check_two_points():
+    """Two-point laws, where every sample can be listed; and what fails without independence."""
     law, other = torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([[-1.0], [2.0]], dtype=F64)
     for n in (1, 2, 3):
         test, made, twin = every_sample(law, n), every_sample(other, n), every_sample(law, n)
@@ -80,6 +73,19 @@ def test_thm_floor_exactly():
     floor = mean_square(every_sample(law, 1), every_sample(law, 1)) ** 0.5
     against = (sum(matched(-y, y) for y in every_sample(law, 1)) / 2) ** 0.5
     damaged("samples may depend on one another", against <= 0 + floor)
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"),
+    [(check_gaussians, setting) for setting in ((1, 0.5, 1.0), (2, 0.0, 1.6), (3, 0.7, 0.5), (2, 0.0, 1.0))]
+    + [(check_two_points, ())],
+)
+def test_thm_floor(claim, setting):
+    """Gaussian samples against the distance of their laws; two-point laws with all samples and all permutations.
+
+    Checked by: closed form, brute force.
+    """
+    claim(*setting)
 
 
 # thm-shrinking-pays ---------------------------------------------------------------------
@@ -122,12 +128,8 @@ def test_thm_shrinking_pays(d, s):
 # thm-geometric-approach -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.4, 1.0])
-def test_thm_geometric_approach(eta):
-    """Particles that follow the library's exact field, measured by trying all permutations.
-
-    Checked by: brute force, definition.
-    """
+def check_approach(eta):
+    """Particles that follow the library's exact field, measured by trying all permutations."""
     for seed in range(3):
         x, y = normal(10 + seed, 1, 6, 2)[0], normal(20 + seed, 1, 6, 2)[0] * 2 + 1
         path = nl.follow(nl.fields.Wasserstein(), x, y, step=eta, steps=4)
@@ -150,11 +152,8 @@ def test_thm_geometric_approach(eta):
     torch.testing.assert_close(last - y, (1 - eta) ** 3 * (x - y), rtol=0, atol=1e-12)
 
 
-def test_thm_geometric_approach_needs():
-    """A step beyond one, and clouds of different sizes.
-
-    Checked by: brute force, closed form.
-    """
+def check_needs():
+    """A step beyond one, and clouds of different sizes."""
     x, y = torch.tensor([[0.0], [4.0]], dtype=F64), torch.tensor([[1.9], [2.1]], dtype=F64)
     leap = nl.follow(nl.fields.Wasserstein(), x, y, step=1.6, steps=1)[-1]
     damaged("beyond a step of one", abs(matched(leap, y) ** 0.5 - 0.6 * matched(x, y) ** 0.5) < 0.1)
@@ -162,3 +161,14 @@ def test_thm_geometric_approach_needs():
     alone = nl.follow(nl.fields.Wasserstein(), x[:1], y, step=0.5, steps=40)[-1]
     assert float(alone) == pytest.approx(2.0, abs=1e-9)
     damaged("clouds of different sizes", float((alone - y).square().mean()) ** 0.5 < 0.09)
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"), [(check_approach, (eta,)) for eta in (0.1, 0.4, 1.0)] + [(check_needs, ())]
+)
+def test_thm_geometric_approach(claim, setting):
+    """Particles that follow the library's exact field, measured by trying all permutations.
+
+    Checked by: brute force.
+    """
+    claim(*setting)
