@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import damaged, sharp
 from torch import nn
 
 import nsgf_lite as nl
@@ -73,12 +74,19 @@ def check_pythagoras(seed):
     price = squared(v - mean)
     assert price > 1e-4
     assert abs(squared(w - v) - price - squared(w - mean)) < 1e-12
+    assert price < squared(w - v)
+    sharp(price, squared(mean - v), at_least=0.999)
+    damaged("the loss is the distance", abs(squared(w - v) - squared(w - mean)) < 1e-6)
+    damaged("the mean loses half the price", squared(mean - v) <= price / 2)
     # Twins: two draws of the shared particle's velocity, over all ordered pairs.
     mine, guess = v[0, :, 0], w[0, 0, 0]
     pairs = (mine[:, None] - mine).square().sum(-1).mean() / 2
     assert abs(pairs - (mine - mine.mean(0)).square().sum(-1).mean()) < 1e-12
     product = ((guess - mine)[:, None] * (guess - mine)).sum(-1).mean()
     assert abs(product - (guess - mine.mean(0)).square().sum()) < 1e-12
+    damaged("without the half", abs(2 * pairs - (mine - mine.mean(0)).square().sum(-1).mean()) < 1e-6)
+    alike = (guess - mine).square().sum(-1).mean()  # U' = U: not independent given (X, S)
+    damaged("dependent twins", abs(alike - (guess - mine.mean(0)).square().sum()) < 1e-6)
     # The gradient does not see the price.
     theta = gaussian(generator, 3, 2).requires_grad_()
     inputs = torch.cat([x, torch.ones_like(x[..., :1])], -1)
@@ -110,6 +118,10 @@ def check_lone_pool(seed):
     [(check_pythagoras, (seed,)) for seed in range(3)] + [(check_lone_pool, (seed,)) for seed in range(2)],
 )
 def test_thm_velocity_matching(claim, setting):
+    """Both sides as sums over a discrete law of triples, and the library's pool against the formula for lone particles.
+
+    Checked by: definition, closed form.
+    """
     claim(*setting)
 
 
@@ -135,8 +147,11 @@ def check_weak_form(seed):
     change = phi(x)[1:] - phi(x)[:-1]
     assert (change - rate[:-1]).abs().max() < 1e-3
     assert change.abs().max() > 0.1
+    damaged("another sign in the continuity equation", (change + rate[:-1]).abs().max() < 1e-3)
     # The energy inequality, for the mean over minibatches of a shared particle.
-    assert v.mean(1).square().sum() <= v.square().mean(1).sum()
+    v[:, :, 0] = v[:, :1, 0] + 0.3 * (v[:, :, 0] - v[:, :1, 0])
+    sharp(v[:, :, 0].mean(1).square().sum(), v[:, :, 0].square().sum(-1).mean(1).sum())
+    damaged("the mean spends more", v.mean(1).square().sum() > v.square().mean(1).sum())
 
 
 def check_flow_of_the_mean(solver, allowed):
@@ -156,13 +171,45 @@ def check_flow_of_the_mean(solver, allowed):
     own = X.square().mean((1, 2, 3))
     assert (path[:-1].square() / own - 1).abs().max() < allowed
     assert own.max() / own.min() > 1.5
+    # Ten long steps are not a continuous time, and single particles do not go where the recorded ones went.
+    long = lone(a, b, 0.4, 10)
+    damaged("with long steps", abs((1 + 0.4 * long[0]).prod() ** 2 / long[2][-1] - 1) < 0.1)
+    ends = (X[-1] + eta * V[-1]).flatten()
+    damaged("the same particles", (ends - path[-1] * X[0].flatten()).square().mean() < 0.1 * ends.square().mean())
+
+
+def check_crossing(noise):
+    """Two particles that change places, blurred or not: the law arrives if the mean is smooth, and not if it is not."""
+    bell = math.sqrt(2) * torch.erfinv((torch.arange(400) + 0.5) / 200 - 1)[:, None]
+    start = torch.cat([side + noise * bell for side in (-1.0, 1.0)])
+
+    def mean(x, s):
+        if noise:
+            return -2 * torch.tanh((1 - 2 * s) * x / noise**2)
+        return -2 * x.sign() if s < 0.5 else 2 * x.sign()
+
+    x, steps = start.clone(), 64
+    for k in range(steps):
+        x, _ = nl.particles.advance(mean, x, k / steps, 1 / steps, "rk4" if noise else "euler")
+    arrived = nl.metrics.w2(x, -start.flip(0))
+    if noise:
+        assert arrived < 0.05
+        damaged("particles keep their own ends", (x + start).abs().mean() < 1)
+    else:
+        damaged("for any mean velocity", arrived < 0.5)
 
 
 @pytest.mark.parametrize(
     ("claim", "setting"),
-    [(check_weak_form, (seed,)) for seed in range(2)] + [(check_flow_of_the_mean, ("euler", 0.05))],
+    [(check_weak_form, (seed,)) for seed in range(2)]
+    + [(check_flow_of_the_mean, ("euler", 0.05))]
+    + [(check_crossing, (noise,)) for noise in (0.0, 0.3)],
 )
 def test_thm_marginals(claim, setting):
+    """The continuity equation by Gauss' rule within the steps; the flow of the means against the closed form.
+
+    Checked by: quadrature, closed form.
+    """
     claim(*setting)
 
 
@@ -189,6 +236,63 @@ def check_variance_lost(a, b, eta, steps):
     s = h * torch.arange(1, steps + 1, dtype=F64)
     allowed = h**2 / 2 * (torch.exp(2 * L * (1 - s)) * 2 * (eta * steps) ** 2 * price).sum()
     assert 0 < variance[-1] - expected[-1] < allowed
+    damaged("nothing is lost", abs(variance[-1] / expected[-1] - 1) < 0.01)
+    damaged(
+        "a step loses h times its price",
+        ((variance[1:] - (1 + eta * slope) ** 2 * variance[:-1]) < 0.9 * eta**2 * price).any(),
+    )
+
+
+def check_linear(rate, steps):
+    """X moves by h (rate X + noise) with fresh noise: the mean is the line, and part 2 bites, nearly for many steps."""
+    h, noise = 1 / steps, 0.7
+    true = mean = torch.ones((), dtype=F64)
+    for _ in range(steps):
+        true, mean = (1 + h * rate) ** 2 * true + h**2 * noise**2, (1 + h * rate) ** 2 * mean
+    later = 1 - h * torch.arange(1, steps + 1, dtype=F64)
+    bound = h**2 / 2 * (torch.exp(2 * rate * later) * 2 * noise**2).sum()
+    sharp(true - mean, bound, at_least=0.8)
+    sharp(true - mean, h / 2 * math.exp(2 * rate) * 2 * noise**2)
+    damaged("half the constant", true - mean <= bound / 2)
+    damaged("h squared in all", steps > 1 and true - mean <= h**2 / 2 * math.exp(2 * rate) * 2 * noise**2)
+    damaged("no stretch", rate > 0.4 and steps > 8 and true - mean <= h**2 / 2 * steps * 2 * noise**2)
+    # The same by the library's sampler.
+    path = model_of(Line(torch.full((1,), rate, dtype=F64)), 1).sample(1, steps, start=torch.ones(1, 1))
+    assert abs(float(path) ** 2 / mean - 1) < 1e-4
+
+
+def check_minibatch_bound(k, n):
+    """Part 3 at step k, for two data and particles in a tiny ball, against the price that twins measure."""
+    eps, R, eta, steps = 4.0, 0.5, 0.2, 3
+    generator = torch.Generator().manual_seed(n)
+    trials = 400
+    x, y = ((2 * torch.rand(2, trials, n, 1, generator=generator, dtype=F64) - 1) * R for _ in "xy")
+    x[1, :, 0] = x[0, :, 0]
+    X, V = (z[k] for z in nl.trajectories(nl.fields.Sinkhorn(eps, 1e-8), x.flatten(0, 1), y.flatten(0, 1), eta, steps))
+    if k:  # no longer at the same place: regress on it instead, which can only raise the price
+        place, speed = X[:, 0, 0], V[:, 0, 0]
+        design = torch.stack([place**p for p in range(4)], 1)
+        price = (speed - design @ torch.linalg.lstsq(design, speed).solution).square().mean()
+    else:
+        first, second = V.view(2, trials, n, 1)[:, :, 0, 0]
+        price = (first - second).square().mean() / 2
+    radius = max(R, 2 * R * (1 + eta) ** steps - R)
+    s = radius**2 / eps
+    grow = max(2, 8 * s)
+    C1 = 2 * radius * math.exp(4 * s) * (grow * (1 + math.exp(2 * s) + 2 * math.cosh(s) ** 2) + 4)
+    C2 = 2 * radius * math.exp(4 * s) * (grow * math.sinh(2 * s) + 4)
+    L2 = math.exp(4 * s) * (1 + 8 * s + 4 * s * math.exp(2 * s) + 8 * s * math.cosh(s) ** 2)
+    bound = 2 * (1 + eta * (s + L2)) ** (2 * k) * (C1**2 + C2**2) / n
+    assert 0 < price < bound
+    return float(price)
+
+
+def check_minibatch_rate():
+    """Four times the minibatch, a quarter of the price, at every step: the powers of part 3 are right."""
+    for k in (0, 2):
+        fall = check_minibatch_bound(k, 32) / check_minibatch_bound(k, 8)
+        assert 0.15 < fall < 0.4
+        damaged("1 / n squared", fall < 1 / 12)
 
 
 def check_one_step(seed, n):
@@ -203,6 +307,11 @@ def check_one_step(seed, n):
     assert abs(spread - STEP**2 * (V[0, :, 0] - V[0, :, 0].mean(0)).square().sum(-1).mean()) < 1e-9
     assert spread > 1e-3
     assert mine.norm(dim=1).mean() > mean.norm()
+    damaged(
+        "the step without its square",
+        abs(spread / STEP - (V[0, :, 0] - V[0, :, 0].mean(0)).square().sum(-1).mean()) < 1e-9,
+    )
+    damaged("Jensen turned around", mine.square().sum(1).mean() <= mean.square().sum())
     return spread
 
 
@@ -224,9 +333,15 @@ def check_minibatch():
     ("claim", "setting"),
     [(check_variance_lost, (1.0, 0.6, 0.4, 10)), (check_variance_lost, (0.5, 2.0, 0.2, 10))]
     + [(check_one_step, (seed, 5)) for seed in (10, 11)]
+    + [(check_linear, setting) for setting in ((0.5, 1), (0.5, 20), (0.1, 20))]
+    + [(check_minibatch_rate, ())]
     + [(check_minibatch, ())],
 )
 def test_thm_euler_blur(claim, setting):
+    """Variances of lone Gaussian particles and of linear flows, exactly; minibatches by twins.
+
+    Checked by: closed form, simulation.
+    """
     claim(*setting)
 
 
@@ -245,16 +360,18 @@ def check_equality(seed):
     model = model_of(network, 1)
     ends = model.sample(20, STEPS, start=x[0].flatten(0, 1)).double()
     losses = [
-        (model._at(p.flatten(0, 1).float(), k / STEPS, None).double() - T * q.flatten(0, 1)).square().mean()
+        (model._at(p.flatten(0, 1).float(), k / STEPS, None).double() - T * q.flatten(0, 1)).square().mean().detach()
         for k, (p, q) in enumerate(zip(x, v, strict=True))
     ]
     bound = torch.zeros((), dtype=F64)
     for loss in losses:
         bound = (1 - h * T) * bound + h * loss.sqrt()
-    assert abs(nl.metrics.w2(ends, arrived) / bound - 1) < 1e-4
+    apart = nl.metrics.w2(ends, arrived)
+    assert abs(apart / bound - 1) < 1e-4
+    sharp(apart, bound * 1.0001, at_least=0.999)
     assert bound > 0.02
-    # Without the contraction the bound would be no equality.
-    assert sum(h * loss.sqrt() for loss in losses) > 1.2 * bound
+    damaged("the bound less a hundredth", apart <= 0.99 * bound)
+    damaged("equality without the contraction", abs(apart / sum(h * loss.sqrt() for loss in losses) - 1) < 0.1)
 
 
 def check_bound(seed):
@@ -286,6 +403,14 @@ def check_gronwall(rate):
         ends.append(model_of(network, 1).sample(30, steps, "rk4", start=start))
     bound = error * math.expm1(rate) / rate
     assert abs(nl.metrics.w2(*ends) / bound - 1) < 1e-4
+    sharp(nl.metrics.w2(*ends), bound * 1.0001, at_least=0.999)
+    damaged("errors only add up", abs(nl.metrics.w2(*ends) / error - 1) < 0.1)
+    if rate > 0:
+        damaged("without the stretch", nl.metrics.w2(*ends) <= error)
+    # A field that is not Lipschitz: no error at all, one start, and two solutions of W' = 2 sqrt|W|, 0 and s^2.
+    grid = torch.linspace(0, 1, 50, dtype=F64)
+    assert (2 * grid - 2 * (grid**2).sqrt()).abs().max() < 1e-12
+    damaged("not Lipschitz", abs(grid[-1] ** 2 - 0) <= 0)
     away = model_of(network, 1).sample(30, steps, "rk4", start=start + 0.1)
     assert abs(nl.metrics.w2(away, ends[1]) / (0.1 * math.exp(rate)) - 1) < 1e-4
 
@@ -297,4 +422,8 @@ def check_gronwall(rate):
     + [(check_gronwall, (rate,)) for rate in (-2.0, 1.5)],
 )
 def test_thm_network_error(claim, setting):
+    """Networks of exact lines, whose ends and losses are known; the library samples.
+
+    Checked by: closed form, simulation.
+    """
     claim(*setting)

@@ -29,7 +29,7 @@ class NSGF(Flow):
     step : float
         Length of an explicit step of the flow; below 1, and near the end all of ``exp(-step * steps)`` is left to go.
     steps : int
-        Number of steps; sample with as many, or with more.
+        Number of steps; sample with as many: the network knows the times of these alone.
     network : callable
         See :class:`nsgf_lite.models.Flow`.
     minibatch : int

@@ -46,7 +46,9 @@ class Training:
 
     Source
     ------
-    Adam, EMA and warm-up as in Zhu et al. (2024), Appendix E; the cosine is ours.
+    Adam, averaged weights, warm-up, cosine and clipping are this project's habits. Zhu et al. (2024) use AdamW with
+    weight decay 1e-4 for images (Appendix E.2), name no optimiser for the plane, and no average and no warm-up
+    (section 5.2).
 
     Used in
     -------

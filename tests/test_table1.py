@@ -1,0 +1,166 @@
+"""The benchmark in the plane: its search brackets, its test says what the protocol says, its pieces know their code."""
+
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import table1
+
+
+def test_the_search_brackets():
+    """A bowl on the grid, its bottom away from the start: every knob is seen between two neighbours that are worse."""
+    start = table1.METHODS["NSGF"].start
+    goal = {**start, "rate": 1e-2, "eps": 0.005}
+
+    def bowl(choice):
+        return 1 + sum(math.log(choice[knob] / goal[knob]) ** 2 for knob in choice)
+
+    best, trace, wanted = table1.search(start, bowl)
+    assert best == goal
+    assert not wanted
+    assert len(trace) <= table1.TRIALS
+    assert len({table1.label(choice) for choice in trace}) == len(trace)
+    seen = table1.bracketed([{**choice, "ratio": bowl(choice)} for choice in trace], best)
+    assert seen == {knob: knob != "eps" for knob in best}  # eps has come to the end of its grid
+    few = [{**choice, "ratio": bowl(choice)} for choice in trace if choice["step"] == start["step"]]
+    assert not table1.bracketed(few, best)["step"]
+    # two knobs alone are tried around the bottom itself
+    short = {"rate": 1e-3, "ema": 0.97}
+    best, trace, _ = table1.search(short, lambda choice: bowl({**goal, **choice}))
+    assert best == {"rate": 1e-2, "ema": 0.99}
+    assert all(choice in trace for knob in best for choice in table1.neighbours(best, knob))
+    # never a pool that does not hold a minibatch
+    assert table1.neighbours({"points": 4096, "minibatch": 2048}, "points") == [{"points": 16384, "minibatch": 2048}]
+    # one knob at a time, and the trials end the search
+    steep, trace, _ = table1.search(start, lambda choice: -sum(choice.values()))
+    assert len(trace) <= table1.TRIALS
+    assert steep["minibatch"] == table1.KNOBS["minibatch"][-1]
+
+
+def test_the_search_waits_for_what_it_has_not_seen():
+    start = table1.METHODS["SI"].start
+    assert table1.search(start, lambda choice: None) == (start, [], [start])
+    best, trace, wanted = table1.search(start, lambda choice: 1.0 if choice == start else None)
+    assert (best, trace) == (start, [start])
+    assert [choice["rate"] for choice in wanted] == [1e-3, 1e-2]
+
+
+def differences(gap, noise, seeds=10, draws=20):
+    """Seeds by draws, the mean `gap`, the same spread in both."""
+    return [[gap + noise * ((-1) ** s + (-1) ** k) for k in range(draws)] for s in range(seeds)]
+
+
+def test_the_verdict():
+    """Margin .03: inside it, outside, too noisy to say, and too few seeds."""
+    say = {
+        name: table1.compared(differences(*given), 1.0)["verdict"]
+        for name, given in {
+            "equivalent": (0.01, 0.005),
+            "worse": (0.05, 0.005),
+            "better": (-0.05, 0.005),
+            "undecided": (0.02, 0.04),
+            "few": (0.05, 0.005, 9),
+        }.items()
+    }
+    assert say == {name: name if name != "few" else "undecided" for name in say}
+    # seen, and below the margin
+    cell = table1.compared(differences(0.02, 0.001), 1.0)
+    assert cell["gap"] > cell["half"]
+    assert cell["verdict"] == "equivalent"
+    # ten seeds alike do not make up for draws that are not
+    by_draw = [[0.02 * (-1) ** k for k in range(4)]] * 10
+    assert table1.compared(by_draw, 1.0)["half"] > 0.02
+    # the interval by hand: t with 9 degrees of freedom, and the variances of the means of rows and of columns
+    cell = table1.compared(differences(0.0, 1.0), 1.0)
+    assert cell["half"] == pytest.approx(1.833113 * (10 / 9 / 10 + 20 / 19 / 20) ** 0.5, rel=1e-5)
+    cells = ["equivalent"] * 10
+    assert table1.overall(cells) == "equivalent"
+    assert table1.overall(cells[1:]) == "undecided"
+    assert table1.overall([*cells[1:], "worse"]) == "behind"
+    assert table1.overall([*cells[2:], "worse", "better"]) == "undecided"
+
+
+def test_pieces_of_other_code_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "piece.json"
+    table1.keep(file, {"w2": [1.0]}, time.process_time())
+    assert table1.read(file)["w2"] == [1.0]
+    other = json.loads(file.read_text(encoding="utf-8")) | {"identity": "0" * 16}
+    file.write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(ValueError, match="made by other code"):
+        table1.read(file)
+    file.write_text('{"identity": "', encoding="utf-8")
+    with pytest.raises(ValueError, match="damaged"):
+        table1.read(file)
+    monkeypatch.setenv("NSGF_TABLE1_WORK", str(tmp_path))
+    assert table1.part(5000, "tune", "NSGF", "0.003-0.99", "moons").parent.parent == tmp_path / "5000" / "tune" / "NSGF"
+    assert table1.part("a-0.99").name == "a-0.99.json"
+
+
+def test_no_work_in_the_folder_of_another(tmp_path):
+    """A folder in use is left alone, and one of other code is refused before the work."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.table1", "--work", str(tmp_path), "--workers", "1"]
+    with open(tmp_path / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
+    assert done.returncode
+    assert f"another run works in {tmp_path}" in done.stderr
+    (tmp_path / "floor").mkdir()
+    (tmp_path / "floor" / "moons.json").write_text('{"identity": "else"}', encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
+    assert done.returncode
+    assert f"{tmp_path}/floor/moons.json was made by other code" in done.stderr
+
+
+WORKER = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from benchmarks.table1 import with_parent
+
+def number():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), with_parent, (os.getpid(),)) as pool:
+        pool.submit(number)
+        time.sleep(60)
+"""
+
+
+def alive(number):
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    state = (
+        open(f"/proc/{number}/stat", encoding="utf-8").read().rpartition(")")[2].split()[0]
+        if os.path.exists("/proc/1")
+        else "R"
+    )
+    return state != "Z"
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not alive(child):
+            break
+        time.sleep(0.2)
+    assert not alive(child)
+    parent.stdout.close()
