@@ -18,7 +18,6 @@ training, pool or matching included; mean and standard deviation over three seed
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
