@@ -14,6 +14,8 @@ WORKERS ?= 2
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS :=
+# The library is this one, whatever others are on somebody's path.
+export PYTHONPATH :=
 # POT imports every array library that it finds; JAX, the tests' second opinion, costs most of a second each time.
 export POT_BACKEND_DISABLE_JAX := 1
 export NSGF_WORKERS := $(WORKERS)
@@ -38,6 +40,8 @@ book: .venv/.installed
 
 serve: .venv/.installed
 	@[ -f $(PAGE) ] || $(MAKE) book
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || { \
+	  echo "Port $(PORT) is taken: name another one, make serve PORT=8001" >&2; exit 1; }
 	@echo "The book is at http://localhost:$(PORT)/ until you press Ctrl-C"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
@@ -84,7 +88,9 @@ wheel: $(KERNEL) .venv-wheel/.wheel
 	  echo "Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12 …" >&2; exit 1; }
 	@echo "Setting up .venv (once; some minutes)"
-	@$(PYTHON) -m venv .venv || { echo "The venv module is needed (on Debian: apt install python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "The venv module is needed (on Debian: apt install python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	@$(BIN)/python $(PIP_INSTALL) $(TORCH)
 	@touch $@

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import nsgf_lite as nl
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "cells.json"
 DATA = ROOT.parent / "shared" / "data" / "cells"
@@ -53,7 +53,7 @@ def read(path: Path) -> list[Tensor]:
             "This benchmark needs two tables of cells that are not part of the repository. Put mouse_hematopoiesis.csv "
             "and emt.csv into a folder and name it: python -m benchmarks.cells --data FOLDER"
         )
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
     if not head or head[0] != "samples" or not rows:
         raise ValueError(f"{path} must have a column 'samples' first, then the coordinates, got {head}")
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the two tables")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
+    if options.record:
+        writable(RECORD)
     begin = time.perf_counter()
     populations = {name: read(options.data / file) for name, file in SETS.items()}
     rows: list[dict] = []
@@ -141,7 +143,7 @@ def main() -> None:
         settings["processor seconds"] = round(time.process_time(), 1)
         source = provenance("python -m benchmarks.cells", time.perf_counter() - begin, ["torch", "pot"])
         record = {"provenance": source, "settings": settings, "rows": rows, "histograms": picture}
-        RECORD.write_text(json.dumps(record, ensure_ascii=False).replace('{"data"', '\n{"data"') + "\n")
+        write_record(RECORD, record, json.dumps(record, ensure_ascii=False).replace('{"data"', '\n{"data"'))
 
 
 if __name__ == "__main__":

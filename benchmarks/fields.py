@@ -17,7 +17,6 @@ Then an ensemble of twenty one-step generators as one stack against a loop of tw
 import argparse
 import ctypes
 import itertools
-import json
 import math
 import os
 import statistics
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.problems import problem
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "fields_benchmark.json"
 MEMBERS, BATCHES, WIDTHS, STEPS, DRAWS, DIRECTIONS, LAM = 20, (64, 128), (32, 64, 128), 20, 16, 64, 0.1
@@ -167,7 +166,9 @@ PAIRS: dict[str, tuple[Velocity, Velocity]] = {
 def memory(name: str) -> int:
     """A line of the process's status, in bytes; 0 where there is none."""
     try:
-        return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+        return next(
+            int(line.split()[1]) << 10 for line in open("/proc/self/status", encoding="utf-8") if line.startswith(name)
+        )
     except (OSError, StopIteration):
         return 0
 
@@ -177,7 +178,7 @@ def peak(call: Callable[[], Tensor]) -> int:
     if not memory("VmRSS"):
         return 0
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")  # the high-water mark falls to the present size
     before = memory("VmRSS")
     call()
@@ -250,6 +251,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
+    if given.record:
+        writable(RECORD)
     torch.set_num_threads(1)
     begin = time.perf_counter()
     out = {"members": MEMBERS, "ensembles": ensembles(max(3, given.rounds // 4))}
@@ -257,7 +260,7 @@ def main() -> None:
     if given.record:
         libraries = ["nsgf-lite", "torch", "POT", "scipy"]
         source = provenance("python -m benchmarks.fields", time.perf_counter() - begin, libraries)
-        RECORD.write_text(json.dumps({"provenance": source, **out}, indent=1) + "\n")
+        write_record(RECORD, {"provenance": source, **out})
 
 
 if __name__ == "__main__":

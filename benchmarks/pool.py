@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.problems import problem
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "pool_benchmark.json"
 STEP, STEPS, TOGETHER = 0.2, 20, 8
@@ -148,11 +148,10 @@ def quality() -> list[dict]:
 
 
 def write(part: dict) -> None:
-    """Put this part into the record, atomically; the other part stays."""
-    old = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    draft = RECORD.with_suffix(".part")
-    draft.write_text(json.dumps({**old, **part}, indent=1) + "\n")
-    os.replace(draft, RECORD)
+    """Put this part into the record; the other part stays."""
+    old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    old.pop("checksum", None)
+    write_record(RECORD, {**old, **part})
 
 
 def main() -> None:
@@ -161,6 +160,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality", action="store_true", help="measure samplers instead of pools alone")
     given = parser.parse_args()
+    if given.record:
+        writable(RECORD)
     torch.set_num_threads(1)
     start, rows = time.perf_counter(), []
     libraries = ["nsgf-lite", "geomloss", "torch"]

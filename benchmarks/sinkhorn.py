@@ -10,7 +10,6 @@ OTT-JAX (extra ``ott``) is left out, and the table says so, if it is not install
 """
 
 import argparse
-import json
 import math
 import os
 import resource
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.problems import PROBLEMS, problem
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 try:
     import jax
@@ -204,7 +203,7 @@ def large(n: int) -> dict:
         "v = nl.fields.Sinkhorn(eps=0.25, tol=1e-3)(x, y);"
         "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, cwd=ROOT)
     seconds, gibibytes = map(float, done.stdout.split())
     return {"points": n, "seconds": seconds, "gibibytes": gibibytes, "dtype": "float32", "tol": 1e-3}
 
@@ -216,6 +215,8 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=20_000, help="points of the memory measurement (default 20,000)")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
+    if options.record:
+        writable(RECORD)
     warnings.filterwarnings("ignore", module="ot.*")  # POT warns where it stops short; the error column says it
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -229,8 +230,7 @@ def main() -> None:
     print(f"{big['points']} points: {big['gibibytes']:.1f} GiB, {big['seconds']:.0f} s")
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     if options.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, record)
         print(f"written: {RECORD.relative_to(ROOT)}")
 
 

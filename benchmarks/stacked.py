@@ -8,7 +8,6 @@ backward, clipping and Adam, no drawing of data. The rounds take turns; times ar
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import nsgf_lite as nl
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 from nsgf_lite.training import clip_members
 
 RECORD = ROOT / "book" / "results" / "stacked_benchmark.json"
@@ -44,6 +43,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
+    if given.record:
+        writable(RECORD)
     torch.set_num_threads(1)
     begin, rows, chance = time.perf_counter(), [], torch.Generator().manual_seed(0)
     x = torch.randn(MEMBERS, BATCH, 2, generator=chance)
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"width {width:3d}: loop {row['loop']:.2f} ms, stack {row['stack']:.2f} ms a member")
     if given.record:
         source = provenance("python -m benchmarks.stacked", time.perf_counter() - begin, ["nsgf-lite", "torch"])
-        RECORD.write_text(json.dumps({"provenance": source, "members": MEMBERS, "rows": rows}, indent=1) + "\n")
+        write_record(RECORD, {"provenance": source, "members": MEMBERS, "rows": rows})
 
 
 if __name__ == "__main__":

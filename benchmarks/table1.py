@@ -87,7 +87,7 @@ from torch import Tensor
 
 import nsgf_lite as nl
 from benchmarks import pieces
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "table1.json"
 
@@ -203,7 +203,7 @@ def identity() -> str:
     """Hash of the library and of this file down to the order of work, as parsed, without comments and docstrings."""
     digest = hashlib.sha256()
     for file in sorted([*(ROOT / "nsgf_lite").rglob("*.py"), Path(__file__)]):
-        tree = ast.parse(file.read_text().split("\n# --- the order of work")[0])
+        tree = ast.parse(file.read_text(encoding="utf-8").split("\n# --- the order of work")[0])
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             first = body[0] if isinstance(body, list) and body else None
@@ -221,7 +221,7 @@ def keep(file: Path, result: dict, start: float) -> None:
 def read(file: Path) -> dict:
     """A piece; ValueError if other code made it, or the file is none."""
     try:
-        piece = json.loads(file.read_text())
+        piece = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from None
     if piece.get("identity") != identity():
@@ -616,9 +616,7 @@ def record(budget: int) -> dict:
         if "model" not in f.parts
     ]
     out["provenance"] = provenance("python -m benchmarks.table1", sum(seconds), ["nsgf-lite", "torch", "POT", "scipy"])
-    draft = RECORD.with_suffix(".part")
-    draft.write_text(json.dumps(out, indent=None, separators=(",", ":")) + "\n")
-    os.replace(draft, RECORD)
+    write_record(RECORD, out, json.dumps(out, separators=(",", ":")))
     return out
 
 
@@ -648,12 +646,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.work:
         os.environ["NSGF_TABLE1_WORK"] = given.work
+    writable(RECORD)
     folder = part("lock").parent
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.rglob("*.json"):
         read(file)  # so that what other code made is refused before the work
     if not given.report:
-        with open(folder / "lock", "w") as lock:
+        with open(folder / "lock", "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

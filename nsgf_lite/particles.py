@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from nsgf_lite.fields.base import Field, Warm
-from nsgf_lite.inputs import read_clouds, read_counts, read_positive
+from nsgf_lite.inputs import LARGEST, read_clouds, read_counts, read_generator, read_positive, read_weights
 
 # Explicit Runge-Kutta methods: each row of nodes says where a stage stands, the last row how the stages are averaged.
 METHODS: dict[str, list[list[float]]] = {
@@ -91,7 +91,7 @@ def follow(
     ValueError
         If the clouds do not fit, the method is unknown, or step or steps is not positive.
     FloatingPointError
-        If the particles leave the finite numbers; the message says at which step.
+        If the particles leave the numbers whose squares their dtype holds; the message says at which step.
 
     Source
     ------
@@ -104,10 +104,14 @@ def follow(
     read_clouds(x=x, y=y)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    read_positive(step=step)
-    read_counts(steps=steps)
+    if not callable(field):
+        raise ValueError(f"field must be a velocity field, to be called with particles and data, got {field!r}")
+    (step,), (steps,) = read_positive(step=step), read_counts(steps=steps)
     if stop_below is not None:
-        read_positive(stop_below=stop_below)
+        (stop_below,) = read_positive(stop_below=stop_below)
+    read_generator(generator)
+    for name, weights, cloud in (("a", a, x), ("b", b, y)):
+        read_weights(name, weights, cloud)
     given = {"a": a, "b": b, "generator": generator}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # A field that can start from its last solution is given a place to keep it.
@@ -120,8 +124,9 @@ def follow(
         if stop_below is not None and float(velocity.square().sum(-1).mean().sqrt()) < stop_below:
             break
         path.append(moved)
-        if not bool(torch.isfinite(path[-1]).all()):
+        if not float(moved.abs().amax()) <= LARGEST[x.dtype]:
             raise FloatingPointError(
-                f"particles left the finite numbers at step {k} of {steps}; a smaller step than {step:g}?"
+                f"particles left the numbers that {x.dtype} can square at step {k} of {steps}; "
+                f"a smaller step than {step:g}?"
             )
     return torch.stack(path)

@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def use() -> None:
     -------
     The first cell of every chapter that draws.
     """
+    plt.rcdefaults()  # whatever the reader's own matplotlibrc says, such as to set text by LaTeX
     plt.rcParams.update(
         {
             "figure.figsize": (6.4, 3.6),
@@ -47,13 +49,22 @@ def use() -> None:
     )
 
 
+def _read_points(**points: Tensor) -> None:
+    """Check that these can be drawn."""
+    for name, x in points.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} must be finite, got NaN or inf")
+
+
 def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, size: float = 8, **options: Any) -> None:
     """Draw points (n, 2) on axes of equal scale.
 
     Raises
     ------
     ValueError
-        If x has not shape (n, 2).
+        If x has not shape (n, 2), or is not finite.
 
     Used in
     -------
@@ -61,6 +72,7 @@ def cloud(ax: "Axes", x: Tensor, color: str = BLUE, label: str | None = None, si
     :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`, :doc:`/book/mean_field_limit`,
     :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`, :doc:`/book/speed`, :doc:`/book/non_gradient_curl`
     """
+    _read_points(x=x)
     if x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (n, 2) to be drawn, got {tuple(x.shape)}")
     points = x.detach().cpu().numpy()
@@ -74,13 +86,14 @@ def arrows(ax: "Axes", x: Tensor, v: Tensor, color: str = GREY, **options: Any) 
     Raises
     ------
     ValueError
-        If the shapes are not (n, 2) both.
+        If the shapes are not (n, 2) both, or a number is not finite.
 
     Used in
     -------
     :doc:`/book/intro`, :doc:`/book/sinkhorn_first_variation`, :doc:`/book/gaussian_sinkhorn_flow`,
     :doc:`/book/non_gradient_curl`
     """
+    _read_points(x=x, v=v)
     if x.shape != v.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"x and v must both have shape (n, 2), got {tuple(x.shape)} and {tuple(v.shape)}")
     (px, py), (vx, vy) = x.detach().cpu().numpy().T, v.detach().cpu().numpy().T
@@ -117,7 +130,7 @@ def frames(draw: Callable[[Any], "Figure"], values: Sequence[Any], name: str, al
 
     if not 2 <= len(values) <= _FRAMES:
         raise ValueError(f"values must be 2 to {_FRAMES}, got {len(values)}")
-    if "{value" not in alt:
+    if not isinstance(alt, str) or "{value" not in alt:
         raise ValueError("alt must contain {value}, so that each picture says what it shows")
     images = []
     for value in values:

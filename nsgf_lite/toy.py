@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from nsgf_lite.inputs import read_counts
+from nsgf_lite.inputs import read_counts, read_parameters
 
 
 class Law(Protocol):
-    """Anything with ``sample(n, generator, dtype) -> (n, d)``; the laws below raise ValueError on an n below one, on a
-    generator that is none, and on a dtype other than float32 and float64."""
+    """Anything with ``sample(n, generator, dtype) -> (n, d)``; the laws below raise ValueError on a parameter that is
+    not finite, a noise below zero, an n below one, a generator that is none, a dtype other than float32 and float64."""
 
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, d), on the generator's device."""
@@ -53,15 +53,19 @@ class Gaussian:
 
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, d); ValueError if the covariance is not symmetric positive definite."""
-        mean = torch.tensor(self.mean, dtype=torch.float64)
-        covariance = torch.tensor(self.covariance, dtype=torch.float64)
+        try:
+            mean, covariance = (torch.tensor(p, dtype=torch.float64) for p in (self.mean, self.covariance))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"mean and covariance must be tuples of numbers, got {self}") from None
+        if mean.ndim != 1:
+            raise ValueError(f"mean must be a tuple of numbers, got {self.mean!r}")
         d = len(mean)
         if not bool(torch.isfinite(mean).all()):
             raise ValueError(f"mean must be finite, got {self.mean}")
         if covariance.shape != (d, d) or not torch.equal(covariance, covariance.T):
             raise ValueError(f"covariance must be a symmetric {d} by {d} matrix, got {self.covariance}")
         root, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:
+        if failed or not bool(torch.isfinite(covariance).all()):
             raise ValueError(f"covariance must be positive definite, got {self.covariance}")
         z = _normal(n, generator, dtype, d)
         return z @ root.T.to(z) + mean.to(z)
@@ -82,6 +86,9 @@ class EightGaussians:
 
     radius: float = 5.0
     sigma: float = 0.1**0.25
+
+    def __post_init__(self) -> None:
+        read_parameters(self, finite="radius", sizes="sigma")
 
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2)."""
@@ -107,6 +114,9 @@ class Moons:
     scale: float = 3.0
     shift: float = -1.0
 
+    def __post_init__(self) -> None:
+        read_parameters(self, sizes="noise", finite="scale shift")
+
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2); each half circle has each point with probability one half."""
         angle = math.pi * _uniform(n, generator, dtype)
@@ -131,6 +141,9 @@ class SCurve:
     noise: float = 0.05
     scale: float = 1.5
 
+    def __post_init__(self) -> None:
+        read_parameters(self, sizes="noise", finite="scale")
+
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2)."""
         t = 3 * math.pi * (_uniform(n, generator, dtype) - 0.5)
@@ -148,6 +161,9 @@ class Checkerboard:
     """
 
     side: float = 4.0
+
+    def __post_init__(self) -> None:
+        read_parameters(self, finite="side")
 
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2)."""
@@ -173,10 +189,14 @@ class Circles:
     noise: float = 0.05
     scale: float = 3.0
 
+    def __post_init__(self) -> None:
+        read_parameters(self, sizes="noise", finite="ratio scale")
+
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2)."""
         angle = 2 * math.pi * _uniform(n, generator, dtype)
-        radius = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, self.ratio)
+        inner = (_uniform(n, generator, dtype) >= 0.5).to(dtype)
+        radius = 1 - inner + self.ratio * inner
         circle = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
         return self.scale * (circle + self.noise * _normal(n, generator, dtype))
 
@@ -194,9 +214,12 @@ class Spiral:
     noise: float = 0.1
     scale: float = 4.0
 
+    def __post_init__(self) -> None:
+        read_parameters(self, sizes="noise", finite="turns scale")
+
     def sample(self, n: int, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw n points, shape (n, 2)."""
         root = _uniform(n, generator, dtype).sqrt()
         angle = 2 * math.pi * self.turns * root
-        arm = torch.where(_uniform(n, generator, dtype) < 0.5, 1.0, -1.0) * self.scale * root
+        arm = self.scale * torch.where(_uniform(n, generator, dtype) < 0.5, root, -root)
         return torch.stack([arm * angle.cos(), arm * angle.sin()], dim=1) + self.noise * _normal(n, generator, dtype)

@@ -1,10 +1,12 @@
 # ruff: noqa: E501
-"""Truth has teeth: spoil one formula of the library at a time, and see which theorems' tests notice.
+"""Truth has teeth: spoil one formula of the library at a time, and see which tests notice.
 
     python tests/mutations.py            # each mutation against tests that the recorded table says notice it
     python tests/mutations.py --record   # against all that reach it, and write book/results/mutations.json, which the book shows
 
-Each mutation must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least one mutation.
+Each mutation of a formula must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least
+one mutation. What no theorem speaks of (networks, trainings, pools, checkpoints) has mutations too: each names the
+ordinary test that must notice it, which runs every time.
 Without --record only as many tests run as show that once more: for each test one mutation that it noticed, for each
 mutation one test. A record that is not of these mutations and tests is an error.
 """
@@ -27,7 +29,7 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.provenance import provenance, writable, write_record  # noqa: E402
 
 RECORD = ROOT / "book" / "results" / "mutations.json"
 SECONDS = 240
@@ -35,20 +37,21 @@ SECONDS = 240
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one formula: `old`, which stands once in `file`, becomes `new`."""
+    """One change: `old`, which stands once in `file`, becomes `new`; theorem tests notice, or `test`, file::name."""
 
     name: str
     file: str
     old: str
     new: str
+    test: str = ""
 
 
 MUTATIONS = [
     # closed forms
     Mutation("Gaussian map without its one half", "closed_forms/gaussians", "slope = 2 * (half / (", "slope = 4 * (half / ("),
     Mutation("Gaussian map as C A^-1, not symmetric", "closed_forms/gaussians", "return (slope + slope.T) / 2", "return A @ slope @ torch.linalg.inv(A)"),
-    Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms/gaussians", "torch.log((D + eps) / (2 * eps))", "torch.log((D + eps) / eps)"),
-    Mutation("Gaussian cost without tr D", "closed_forms/gaussians", "A.trace() + B.trace() - D.sum()", "A.trace() + B.trace()"),
+    Mutation("Gaussian cost with log of eps for 2 eps", "closed_forms/gaussians", "torch.log1p(excess / (2 * eps))", "torch.log1p(excess / eps)"),
+    Mutation("Gaussian cost without tr D", "closed_forms/gaussians", "A.trace() + B.trace() - excess.sum()", "A.trace() + B.trace()"),
     Mutation("Gaussian divergence, self terms whole", "closed_forms/gaussians", "gaussian_ot(b, B, b, B, eps)) / 2", "gaussian_ot(b, B, b, B, eps))"),
     Mutation("Gaussian velocity without its self slope", "closed_forms/gaussians", "gaussian_map(A, B, eps) - gaussian_map(A, A, eps)", "gaussian_map(A, B, eps) - torch.eye(len(gaussian_map(A, A, eps)))"),
     Mutation("Gaussian flow without its self slope", "closed_forms/gaussians", "_slope(now, target, eps) - _slope(now, now, eps)", "_slope(now, target, eps) - torch.eye(d, dtype=torch.float64)"),
@@ -70,11 +73,11 @@ MUTATIONS = [
     # potentials, plans, maps
     Mutation("plan ignores the source weights", "transport/sinkhorn", "rows * problem.a.unsqueeze(-1)", "rows / problem.a.shape[-1]"),
     Mutation("plan ignores the target weights", "transport/sinkhorn", "rows = softmax(exponent + problem.b.log().unsqueeze(-2))", "rows = softmax(exponent + 0.0)"),
-    Mutation("plan at twice the temperature", "transport/sinkhorn", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
+    Mutation("plan at twice the temperature", "transport/problem", "H.add_(g.unsqueeze(-2)).div_(self.eps)", "H.add_(g.unsqueeze(-2)).div_(2 * self.eps)"),
     Mutation("plan transposed", "transport/sinkhorn", "(problem.b > 0).unsqueeze(-2))", "(problem.b > 0).unsqueeze(-2)).mT"),
-    Mutation("potentials swapped", "transport/sinkhorn", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
-    Mutation("extended map ignores the weights", "transport/sinkhorn", "/ self.eps + self.b.log().unsqueeze(-2), p", "/ self.eps, p"),
-    Mutation("extended potential with the wrong sign", "transport/sinkhorn", "p - self.eps * torch.logsumexp(S, -1)", "p + self.eps * torch.logsumexp(S, -1)"),
+    Mutation("potentials swapped", "transport/problem", "return Potentials(f + tilt, g - tilt, steps", "return Potentials(f - tilt, g - tilt, steps"),
+    Mutation("extended map ignores the weights", "transport/problem", "yield softmax(S + self.b.log().unsqueeze(-2))", "yield softmax(S + 0)"),
+    Mutation("extended potential with the wrong sign", "transport/problem", "p - self.eps * torch.logsumexp(S + self.b", "p + self.eps * torch.logsumexp(S + self.b"),
     # fields
     Mutation("velocity without the self term", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("towards", y, b) - (x if at is None else at)'),
     Mutation("velocity uphill", "fields/transport", 'images("towards", y, b) - images("away", x, a)', 'images("away", x, a) - images("towards", y, b)'),
@@ -91,7 +94,7 @@ MUTATIONS = [
     Mutation("particles step backwards", "particles", "return x + step * sum(", "return x - step * sum("),
     Mutation("particles forget their weights on the way", "particles", 'given = {"a": a, "b": b, "generator": generator}', 'given = {"a": None, "b": b, "generator": generator}'),
     Mutation("fourth-order weights spoiled", "particles", "[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 6, 1 / 6, 1 / 3, 1 / 3]"),
-    Mutation("W_2 squared for W_2", "metrics", "return math.sqrt(float((P * distance.square().to(P)).sum()))", "return float((P * distance.square().to(P)).sum())"),
+    Mutation("W_2 squared for W_2", "metrics", "return unit * math.sqrt(float((P * (distance / unit).square()).sum()))", "return unit * float((P * (distance / unit).square()).sum())"),
     # trajectories, the pool, and what is regressed on and sampled
     Mutation("pool pairs each velocity with the next position", "models/pool", "        positions.append(x)\n        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n", "        velocities.append(v)\n        x = x + step * v if pilot is None else pilot(x, k)\n        positions.append(x)\n"),
     Mutation("pool stores the velocity of the gradient's sign", "models/pool", "velocities.append(v)", "velocities.append(-v)"),
@@ -107,7 +110,8 @@ MUTATIONS = [
     Mutation("stretching without its one half", "closed_forms/segments", "math.exp(radius**2 / 2 * (", "math.exp(radius**2 * ("),
     Mutation("W_2 of Gaussians with half the cross term", "closed_forms/segments", "B.trace() - 2 * cross", "B.trace() - cross"),
     Mutation("segments run backwards", "models/straight", "return (1 - t) * x0 + t * x1, x1 - x0", "return t * x0 + (1 - t) * x1, x1 - x0"),
-    Mutation("second phase always of length one", "models/nsgf", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
+    Mutation("straight velocity with its slope transposed", "closed_forms/segments", "(x - mean.to(x)) @ slope.to(x)", "(x - mean.to(x)) @ slope.T.to(x)"),
+    Mutation("second phase always of length one", "models/two_phase", "length = (1 - begin) / steps", "length = torch.ones_like(begin) / steps"),
     # witnesses, critics, slices
     Mutation("witness descended without one over h squared", "fields/witness", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h / h", "(pull.sum(-1, keepdim=True) * z - pull @ atoms) / h"),
     Mutation("MMD's velocity without its 2", "fields/witness", "return -b, 2.0", "return -b, 1.0"),
@@ -131,6 +135,8 @@ MUTATIONS = [
     Mutation("smoothed flow in units of length", "fields/scores", "return velocity / self.h / self.h", "return velocity"),
     Mutation("drifting away from the goal", "models/drifting", "(here + step * v).detach()", "(here - step * v).detach()"),
     Mutation("drifting with a step of its own", "models/drifting", "(here + step * v).detach()", "(here + v).detach()"),
+    Mutation("Laplace displacements over the sum of their weights", "fields/scores", "K + torch.log1p(-K) + log_weights", "K + log_weights"),
+    Mutation("Laplace displacements towards the data blind to weights", "fields/scores", "_mean_shift(K + log_weights, points)", "_mean_shift(K, points)"),
     # one normalisation and cross weights
     Mutation("proxy without cross weights", "fields/scores", "factor = log_towards + log_away", "factor = log_towards"),
     Mutation("proxy, columns not normalised", "fields/scores", "(u - row) / 2, (v - column) / 2", "(u - row) / 2, v"),
@@ -141,6 +147,7 @@ MUTATIONS = [
     Mutation("proxy's self term transposes its weights", "fields/scores", "self._images(x, x, at, a, a, own=True)", "self._images(x, x, at, a, a.flip(-1), own=True)"),
     Mutation("Algorithm 2, softmaxes without the root", "fields/scores", "K - (row.unsqueeze(-1) + column.unsqueeze(-2)) / 2", "K - (row.unsqueeze(-1) + column.unsqueeze(-2))"),
     Mutation("Algorithm 2, rows never concatenated", "fields/scores", "rows = [torch.logaddexp(*rows)] * 2", "rows = list(rows)"),
+    Mutation("Algorithm 2, self-affinities kept", "fields/scores", "device=x.device), -torch.inf)", "device=x.device), 0.0)"),
     # two modes: closed forms and the fields at the right one
     Mutation("two modes, scores by the model's crowd twice", "closed_forms/atoms", "gap / (here * there)", "gap / (there * there)"),
     Mutation("two modes, proxy without the kernel in its column", "closed_forms/atoms", "math.sqrt((beta + right * k) * here)", "math.sqrt(beta * here)"),
@@ -152,13 +159,40 @@ MUTATIONS = [
     Mutation("cross's curl without the product of its tangents", "closed_forms/atoms", "torch.tanh(u) * torch.tanh(v) - points[..., 0]", "-points[..., 0]"),
     Mutation("cross's factor without its constant", "closed_forms/atoms", "torch.exp(log_mix - log_scale)", "torch.exp(log_mix)"),
     Mutation("cross, the data's pull turned", "closed_forms/atoms", "[-torch.tanh(u), torch.tanh(v)], -1)", "[-torch.tanh(u), -torch.tanh(v)], -1)"),
+    # models, trainings, pools, networks and checkpoints: no theorem speaks of them, an ordinary test does
+    Mutation("renewals that never ask the network", "models/nsgf", "self._build(self.together, generator, self.on_policy)", "self._build(self.together, generator)", "test_models.py::test_renewed_minibatches_are_moved_by_the_network"),
+    Mutation("network's moves by the flow's step", "models/nsgf", "each).view_as(z) / self.steps", "each).view_as(z) * self.step", "test_models.py::test_renewed_minibatches_are_moved_by_the_network"),
+    Mutation("every block begins with the first class", "models/nsgf", "[(turn + k) % max(1, self.classes)", "[k % max(1, self.classes)", "test_models.py::test_minibatches_take_turns_at_the_classes"),
+    Mutation("every class starts from the first one's source", "models/flow", "generator, c).to(device)", "generator, 0).to(device)", "test_models.py::test_a_class_starts_from_its_own_source"),
+    Mutation("network standardised to the target alone", "models/flow", "torch.cat(first))", "first[-1])", "test_models.py::test_a_network_is_standardised_to_source_and_target"),
+    Mutation("longest move in units of length", "models/ept", "self.longest * (network.spread if isinstance(network, MLP) else 1.0)", "self.longest", "test_models.py::test_no_particle_of_an_ept_leaps"),
+    Mutation("minibatches matched at the greatest cost", "models/straight", "linear_sum_assignment(cost)[1]", "linear_sum_assignment(-cost)[1]", "test_models.py::test_pairs_are_optimal"),
+    Mutation("loss divided by the unit and not by its square", "training/together", "/ unit**2", "/ unit", "test_models.py::test_the_loss_is_the_squared_distance_of_velocities_in_units_of_the_data"),
+    Mutation("loss averaged over coordinates", "training/together", ".square().sum(-1).mean(-1)", ".square().mean((-1, -2))", "test_models.py::test_the_loss_is_the_squared_distance_of_velocities_in_units_of_the_data"),
+    Mutation("second model's chance left out of the checkpoint", "training/together", "enumerate(chances[1:], 1)", "enumerate(chances[:0], 1)", "test_training.py::test_models_fitted_together_go_on_to_the_bit"),
+    Mutation("average that forgets what it should keep", "training/loop", "get_ema_multi_avg_fn(training.ema)", "get_ema_multi_avg_fn(1 - training.ema)", "test_training.py::test_the_average_is_the_recursion"),
+    Mutation("chance not taken up again", "training/loop", 'self.generator.set_state(tensors["generator"])', "pass", "test_training.py::test_an_interrupted_run_goes_on_to_the_bit[FM]"),
+    Mutation("pool not taken up again", "training/loop", 'thing.restore(_under(f"part/{part}", tensors))', "pass", "test_training.py::test_an_interrupted_run_goes_on_to_the_bit[NSGF]"),
+    Mutation("hash of the bytes alone", "training/checkpoints", 'f"\\0{name} {t.dtype} {tuple(t.shape)}\\0"', 'f"\\0{name}\\0"', "test_streams.py::test_the_hash_sees_how_numbers_are_read"),
+    Mutation("file held by nobody", "training/checkpoints", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "test_training.py::test_two_runs_on_one_path[file]"),
+    Mutation("half precision about the origin", "models/pool", "x, v = x * unit + mean, v * pace", "x, v = x * unit, v * pace", "test_streams.py::test_half_precision_has_three_digits_in_every_unit_and_everywhere"),
+    Mutation("pool takes any run's files", "models/pool", "mapped=True, mark=mark)", "mapped=True)", "test_streams.py::test_a_pool_on_disk_takes_only_its_own_files"),
+    Mutation("pool keeps its oldest minibatches", "models/pool", "slot = self.added % self.capacity", "slot = min(self.added, self.capacity - 1)", "test_streams.py::test_the_pool_is_bounded_and_keeps_the_newest"),
+    Mutation("code of time with twice the frequency", "networks/perceptrons", "angle = math.pi * t", "angle = 2 * math.pi * t", "test_training.py::test_the_code_of_time"),
+    Mutation("weights of one seed for all", "networks/perceptrons", "torch.manual_seed(seed)", "torch.manual_seed(0)", "test_training.py::test_weights_are_the_generators_also_from_two_threads"),
+    Mutation("samples in training mode", "networks/perceptrons", "module.training = False", "pass", "test_training.py::test_samples_are_drawn_in_evaluation_mode"),
+    Mutation("first member's weights for all", "networks/stack", "{name: value[k] for", "{name: value[0] for", "test_training.py::test_a_stack_is_its_members"),
 ]  # fmt: skip
 
 
 def theorem_tests() -> dict[str, Path]:
     """Names of all ``test_thm_…`` functions, with their files."""
     files = sorted((ROOT / "tests").glob("test_thm_*.py"))
-    return {name: file for file in files for name in re.findall(r"^def (test_thm_\w+)", file.read_text(), re.M)}
+    return {
+        name: file
+        for file in files
+        for name in re.findall(r"^def (test_thm_\w+)", file.read_text(encoding="utf-8"), re.M)
+    }
 
 
 def enough(rows: list[dict]) -> list[list[str]]:
@@ -175,15 +209,20 @@ def reaching() -> list[list[str]]:
     """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default)."""
     with tempfile.TemporaryDirectory() as folder:
         rules, data = Path(folder) / "rules", Path(folder) / "data"
-        rules.write_text(f"[run]\ndynamic_context = test_function\nsource = {ROOT}/nsgf_lite\ndata_file = {data}\n")
+        rules.write_text(
+            f"[run]\ndynamic_context = test_function\nsource = {ROOT}/nsgf_lite\ndata_file = {data}\n", encoding="utf-8"
+        )
         command = ["coverage", "run", f"--rcfile={rules}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         subprocess.run([sys.executable, "-m", *command, *map(str, set(theorem_tests().values()))], check=True, cwd=ROOT)
         seen = CoverageData(basename=str(data))
         seen.read()
         reached = []
         for mutation in MUTATIONS:
+            if mutation.test:
+                reached.append([])
+                continue
             file = ROOT / "nsgf_lite" / f"{mutation.file}.py"
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
             line = text[: text.index(mutation.old)].count("\n") + 1
             functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
             homes = [n for n in functions if n.body[0].lineno <= line <= n.end_lineno]
@@ -200,29 +239,31 @@ def reaching() -> list[list[str]]:
 
 
 def failing(mutation: Mutation, names: list[str]) -> list[str]:
-    """Those of the theorem tests that fail under the mutation, or do not end in time."""
-    if not names:
+    """Those of the theorem tests, or of the mutation's own, that fail under it, or do not end in time."""
+    files = theorem_tests()
+    tests = [str(ROOT / "tests" / mutation.test)] if mutation.test else [f"{files[name]}::{name}" for name in names]
+    if not tests:
         return []
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "nsgf_lite", Path(folder) / "nsgf_lite", ignore=shutil.ignore_patterns("__pycache__"))
         source = Path(folder) / "nsgf_lite" / f"{mutation.file}.py"
-        text = source.read_text()
+        text = source.read_text(encoding="utf-8")
         if text.count(mutation.old) != 1:
             raise SystemExit(f"mutation {mutation.name!r}: {mutation.old!r} must stand once in {mutation.file}.py")
-        source.write_text(text.replace(mutation.old, mutation.new))
-        files = theorem_tests()
-        tests = [f"{files[name]}::{name}" for name in names]
+        source.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         options = ["-v", "-o", "addopts=", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", folder]
         command = [sys.executable, "-u", "-m", "pytest", *options, *tests]
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=SECONDS
+            )
             output, code = done.stdout, done.returncode
         except subprocess.TimeoutExpired as late:
             output, code = (late.stdout or b"").decode() + " FAILED", 1  # the last line is the test that did not end
     if code not in (0, 1):
         raise SystemExit(f"mutation {mutation.name!r}: pytest could not run\n{output}\n{done.stderr}")
-    return sorted(set(re.findall(r"::(test_thm_\w+)\S*(?: <.*?>)? (?:FAILED|ERROR)", output)))
+    return sorted(set(re.findall(r"::(test_\w+)\S*(?: <.*?>)? (?:FAILED|ERROR)", output)))
 
 
 def main() -> int:
@@ -230,9 +271,11 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     options = parser.parse_args()
     start, tests = time.perf_counter(), list(theorem_tests())
+    if options.record:
+        writable(RECORD)
     whats = [f"{m.old}  →  {m.new}" for m in MUTATIONS]
-    recorded = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-    known = {name for row in recorded for name in row["killed_by"]}
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["rows"] if RECORD.exists() else []
+    known = {name for row in recorded for name in row["killed_by"] if name.startswith("test_thm_")}
     if not options.record and ([row["what"] for row in recorded] != whats or known != set(tests)):
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations and tests: run with --record")
         return 1
@@ -248,10 +291,9 @@ def main() -> int:
             {"mutation": m.name, "file": f"{m.file}.py", "what": what, "killed_by": killed}
             for m, what, killed in zip(MUTATIONS, whats, killers, strict=True)
         ]
-        RECORD.parent.mkdir(exist_ok=True)
         source = provenance("python tests/mutations.py", time.perf_counter() - start, ["nsgf-lite", "torch", "pytest"])
-        RECORD.write_text(json.dumps({"provenance": source, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
-    for complaint, items in (("mutations no theorem test notices", unnoticed), ("tests no mutation kills", toothless)):
+        write_record(RECORD, {"provenance": source, "rows": rows})
+    for complaint, items in (("mutations no test notices", unnoticed), ("tests no mutation kills", toothless)):
         if items:
             print(f"{complaint}: {', '.join(items)}")
     print(

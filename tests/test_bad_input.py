@@ -378,6 +378,8 @@ def test_checks(monkeypatch):
     refused(lambda: nl.check("claim", torch.ones(1, 1), below=2), "single number", r"got shape \(1, 1\)")
     refused(lambda: nl.check("claim", torch.ones(0), below=2), "single number", r"got shape \(0,\)")
     refused(lambda: nl.check("claim", "small", below=2), "single number", "got 'small'")
+    refused(lambda: nl.check("claim", "1.0", below=2), "single number", "got '1.0'")
+    refused(lambda: nl.check("claim", 1.0, below="2"), "bound", "got '2'")
     refused(lambda: nl.check("claim", [1.0, 2.0], below=2), "single number", r"got \[1.0, 2.0\]")
     refused(lambda: nl.check("claim", None, below=2), "single number", "got None")
     refused(lambda: nl.check("claim", 1.0, below=NAN), "bound", "nan")

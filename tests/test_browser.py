@@ -300,7 +300,7 @@ class Links(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.links, self.places = [], {""}
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -327,7 +327,7 @@ def test_internal_links_lead_somewhere(name):
 
 def test_the_front_door_opens():
     require(PAGES, "the built book (make book)")
-    start = re.search(r'url=([^"]+)"', (SITE / "index.html").read_text())
+    start = re.search(r'url=([^"]+)"', (SITE / "index.html").read_text(encoding="utf-8"))
     assert start and (SITE / start[1]).is_file() or Path(SITE / "index.html").stat().st_size > 5000
 
 
@@ -335,7 +335,7 @@ def test_the_front_door_opens():
 def test_colab_has_the_numbers_of_the_page(name):
     page = SITE / "book" / f"{name}.html"
     require(page.exists(), "the built book (make book)")
-    shown = re.sub(r"<[^>]+>", "", page.read_text())
+    shown = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
     shown = " ".join(html.unescape(shown).replace("’", "'").split())  # Sphinx curls the apostrophe
     text = test_colab.prose(test_colab.stored(name))
     kinds = "Theorem|Lemma|Proposition|Corollary|Definition|Exercise|Remark"

@@ -45,7 +45,9 @@ def prose(notebook):
 def test_exports_are_up_to_date(fresh):
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(fresh), "run make notebooks"
     for name, notebook in fresh.items():
-        assert (FOLDER / f"{name}.ipynb").read_text() == notebooks.text(notebook), f"{name}: run make notebooks"
+        assert (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8") == notebooks.text(notebook), (
+            f"{name}: run make notebooks"
+        )
 
 
 @each_notebook
@@ -84,7 +86,7 @@ def test_every_form(tmp_path):
         "book/references.bib": BIBLIOGRAPHY,
         "book/a.md": PAGE,
     }.items():
-        (tmp_path / path).write_text(content)
+        (tmp_path / path).write_text(content, encoding="utf-8")
     assert prose(Exporter(tmp_path).export()["a"]) == EXPORTED.strip()
     for wrong in (
         "{prf:ref}`thm-none`",
@@ -93,7 +95,7 @@ def test_every_form(tmp_path):
         "{cite:t}`nobody`",
         "[](nowhere)",
     ):
-        (tmp_path / "book" / "a.md").write_text(f"{PAGE}\n\n{wrong}\n")
+        (tmp_path / "book" / "a.md").write_text(f"{PAGE}\n\n{wrong}\n", encoding="utf-8")
         with pytest.raises(ValueError, match="no form for Colab"):
             Exporter(tmp_path).export()
 
@@ -111,10 +113,10 @@ def test_first_cell_installs_the_release_on_colab_and_leaves_torch_alone(tmp_pat
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     exec(python, {"get_ipython": lambda: shell})
     ((magic, line),) = asked
-    held = (tmp_path / "held.txt").read_text().split()
+    held = (tmp_path / "held.txt").read_text(encoding="utf-8").split()
     assert magic == "pip" and held == [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
     wanted = Requirement(re.search(r'"(.+)"', line)[1])
-    url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     import nsgf_lite
 
     assert (wanted.name, wanted.extras) == ("nsgf-lite", {"book"})

@@ -678,6 +678,32 @@ def test_critic_by_its_divergence(name, penalty):
         close(critic(X, Y, at=at), expected, 1e-4)
 
 
+def test_the_penalty_is_on_particles_and_data_alike():
+    """For s = |z|²/2 the slope is z itself: of both laws, each with weight one half."""
+
+    class Bowl(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.height = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, z):
+            return self.height * z.square().sum(-1, keepdim=True) / 2
+
+    free, held = (F.Critic("kl", penalty, lambda d: Bowl()).fit(X, Y, ONE).losses[0] for penalty in (0.0, 0.6))
+    size = sum(statistics.fmean(square(p, [0, 0]) for p in z.tolist()) for z in (X, Y)) / 2
+    assert held - free == pytest.approx(0.6 / 2 * size, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_critic_where_nothing_is_differentiated(mode):
+    expected = F.Critic(training=ONE).fit(X, Y)(X, Y)
+    with mode():
+        x, y = X.clone(), Y.clone()
+        critic = F.Critic(training=ONE).fit(x, y)
+        assert torch.equal(critic(x, y), expected)
+    assert torch.equal(critic(X, Y), expected)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_critic_finds_the_density_ratio_of_normal_laws(name):
     """log q/p = m z - m²/2 between N(m, 1) and N(0, 1); midpoints of quantiles stand for the laws."""
@@ -752,6 +778,7 @@ def test_extreme_ratios_of_a_bounded_variation():
 
 EVERY = {
     "ScoreDifference": F.ScoreDifference(0.7),
+    "ScoreDifference, laplace": F.ScoreDifference(0.7, "laplace"),
     "SmoothedKL": F.SmoothedKL(0.7, 3),
     "SmoothedKL, draws": F.SmoothedKL(0.7, draws=5),
     "SinkhornProxy": F.SinkhornProxy(0.5),
@@ -816,9 +843,7 @@ def test_weights_are_repeated_points(name):
         zero = torch.tensor([0.3, 0.0, 0.5, 0.2, 0.0], dtype=torch.float64)
         keep = zero > 0
         left_out = call(name, X[keep], Y, at=Z, a=zero[keep])
-        ratio = math.sqrt(5 / 3) if name == "Drift, squared" else 1.0  # a sum over more particles
-        if name != "Drift, several":
-            close(call(name, X, Y, at=Z, a=zero) * ratio, left_out, 1e-7)
+        close(call(name, X, Y, at=Z, a=zero), left_out, 1e-7)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -866,6 +891,7 @@ def test_at_the_particles(name):
 
 IN_SINGLE = {
     "ScoreDifference": lambda s: F.ScoreDifference(s),
+    "ScoreDifference, laplace": lambda s: F.ScoreDifference(s, "laplace"),
     "SmoothedKL": lambda s: F.SmoothedKL(s, 1),
     "SinkhornProxy": lambda s: F.SinkhornProxy(s * s, 3),
     "Drift": lambda s: F.Drift((s / 4, s)),
@@ -987,7 +1013,7 @@ def test_coinciding_particles(name):
     assert bool(torch.isfinite(call(name, heap, torch.cat([heap, Y]))).all())
 
 
-DIFFERENTIABLE = [name for name in EVERYWHERE if name not in ("Sinkhorn", "KALE")]
+DIFFERENTIABLE = [name for name in EVERYWHERE if name != "Sinkhorn"]
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -1002,7 +1028,8 @@ def test_jacobians(name, d):
     for f, point, to in ((lambda x: call(name, x, y), x, move), (lambda z: call(name, x, y, at=z), z, move[:3])):
         _, tangent = torch.autograd.functional.jvp(f, point, to)
         step = 1e-5
-        close(tangent, (f(point + step * to) - f(point - step * to)) / (2 * step), 1e-6)
+        tol = 1e-4 if name == "KALE" else 1e-6  # whose solution has a tolerance
+        close(tangent, (f(point + step * to) - f(point - step * to)) / (2 * step), tol)
     x = torch.cat([x, x[:1], y[:1]]).requires_grad_()
     (grad,) = torch.autograd.grad(call(name, x, y).square().sum(), x)
     assert bool(torch.isfinite(grad).all())
@@ -1084,6 +1111,7 @@ def test_choices():
     refused(lambda: F.Drift(0.1), "temperatures must be a tuple", "got 0.1")
     refused(lambda: F.Drift(()), "temperatures must be a tuple", r"got \(\)")
     refused(lambda: F.Drift([0.1]), "temperatures must be a tuple", r"got \[0.1\]")
+    refused(lambda: F.ScoreDifference(0.5, "imq"), "kernel must be 'gaussian' or 'laplace'", "imq")
     refused(lambda: F.Drift(distance="cosine"), "distance must be 'euclidean' or 'squared'", "cosine")
     refused(lambda: F.Drift(normalisation="rows"), "normalisation must be 'concatenated' or 'separate'", "rows")
     for make in (F.MMD, lambda *given: F.DrMMD(0.1, *given), lambda *given: F.KALE(0.1, *given)):

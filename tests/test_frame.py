@@ -14,6 +14,7 @@ import tomllib
 from types import ModuleType
 
 import book_extension
+import nbformat
 import pytest
 import repository
 import yaml
@@ -106,7 +107,7 @@ def test_an_old_python_is_refused_in_words(tmp_path):
     old.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     done = subprocess.run(
-        ["make", "book", f"PYTHON={old}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ["make", "book", f"PYTHON={old}"], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
     )
     assert done.returncode != 0
     assert "3.11 or newer is needed" in done.stderr and "Python 2.7.18" in done.stderr
@@ -141,10 +142,10 @@ def test_what_is_missing_is_skipped_at_home_and_fails_on_ci(variable, monkeypatc
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_pinned_and_tokens_read_only(workflow):
-    parsed = yaml.safe_load(workflow.read_text())
+    parsed = yaml.safe_load(workflow.read_text(encoding="utf-8"))
     assert parsed["permissions"] == {"contents": "read"}
     assert all("permissions" not in job for job in parsed["jobs"].values())
-    used = re.findall(r"uses:\s*(.+)", workflow.read_text())
+    used = re.findall(r"uses:\s*(.+)", workflow.read_text(encoding="utf-8"))
     assert used
     for action in used:
         assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
@@ -160,7 +161,7 @@ def test_built_things_are_ignored_by_git():
         ".mypy_cache/x",
         ".ruff_cache/x",
     ]
-    done = subprocess.run(["git", "check-ignore", *built], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", "check-ignore", *built], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.stdout.split() == built
 
 
@@ -255,6 +256,15 @@ Text.
 """
 
 
+TESTS = '''
+def test_thm_first():
+    """The first.
+
+    Checked by: closed form, linear program.
+    """
+'''
+
+
 @pytest.fixture
 def small_book(tmp_path):
     noticed = {"mutation": "sign", "file": "sinkhorn.py", "what": "x  →  -x | y", "killed_by": ["test_thm_first[2]"]}
@@ -263,16 +273,17 @@ def small_book(tmp_path):
         "book/intro.md": "# Hello\n",
         "book/one.md": CHAPTER,
         "nsgf_lite/sinkhorn.py": "x = 1\n",
-        "book/results/mutations.json": json.dumps({"rows": [noticed]}),
+        "book/results/mutations.json": json.dumps({"rows": [noticed], "sharp": {"test_thm_first": 0.41234}}),
+        "tests/test_thm_one.py": TESTS,
         "book/results/speed.json": "{}",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
 
 
 def test_statements_are_found_with_and_without_label(small_book):
-    with open(small_book / "book/one.md", "a") as chapter:
+    with open(small_book / "book/one.md", "a", encoding="utf-8") as chapter:
         chapter.write("\n:::{prf:corollary}\n:::\n")
     found = list(book_extension.statements(small_book))
     assert [(s.kind, s.title, s.label) for s in found] == [
@@ -282,11 +293,11 @@ def test_statements_are_found_with_and_without_label(small_book):
     ]
 
 
-def test_the_theorem_index_has_titles_links_tests_and_mutations(small_book):
+def test_the_theorem_index_has_titles_links_routes_and_mutations(small_book):
     table = book_extension.theorems_table(small_book)
     assert "## {doc}`One $x$ </book/one>`" in table
-    assert "| {prf:ref}`thm-first` | First | `test_thm_first` | 1 |" in table
-    assert r"| {prf:ref}`thm-second-one` | Second \| with a bar | `test_thm_second_one` | 0 |" in table
+    assert "| {prf:ref}`thm-first` | First | closed form, linear program | 0.41 | 1 |" in table
+    assert r"| {prf:ref}`thm-second-one` | Second \| with a bar |  |  | 0 |" in table
 
 
 def test_the_mutation_table_names_the_theorems_that_noticed(small_book):
@@ -296,13 +307,33 @@ def test_the_mutation_table_names_the_theorems_that_noticed(small_book):
     assert "|" not in book_extension.mutations_table(small_book)
 
 
+def ran(root, *claims):
+    """Note what a kernel's checks measured, as nl.check does."""
+    folder = book_extension.checks_folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"claim": c, "value": v, "below": 1.0, "above": None}) for c, v in claims]
+    (folder / f"{len(list(folder.iterdir()))}.jsonl").write_text(
+        "".join(f"{line}\n" for line in lines), encoding="utf-8"
+    )
+
+
+def test_the_claims_table_shows_what_ran_and_finds_a_line_printed_by_hand(small_book):
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text="holds: a\nholds: b\n")])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), small_book / "book/one.ipynb")
+    ran(small_book, ("a", 0.9))
+    assert "make notebooks" in book_extension.claims_table(small_book), "b was printed, and not by a check"
+    ran(small_book, ("a", 0.9), ("b", -2.0))
+    table = book_extension.claims_table(small_book)
+    assert "2 claims, median 0.45" in table and "| 0.9 | a |" in table and "| 0 | b |" in table
+
+
 def test_an_edit_of_the_library_executes_the_chapters_again(small_book, monkeypatch):
     keys = [book_extension.execution_key(small_book)]
-    (small_book / "book/results/mutations.json").write_text("[]")
+    (small_book / "book/results/mutations.json").write_text("[]", encoding="utf-8")
     assert book_extension.execution_key(small_book) == keys[0]
-    (small_book / "nsgf_lite/sinkhorn.py").write_text("x = 2\n")
+    (small_book / "nsgf_lite/sinkhorn.py").write_text("x = 2\n", encoding="utf-8")
     keys.append(book_extension.execution_key(small_book))
-    (small_book / "book/results/speed.json").write_text("[]")
+    (small_book / "book/results/speed.json").write_text("[]", encoding="utf-8")
     keys.append(book_extension.execution_key(small_book))
     monkeypatch.setenv("NSGF_SCALE", "full")
     keys.append(book_extension.execution_key(small_book))

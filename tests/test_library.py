@@ -419,6 +419,29 @@ def test_mmd2_is_the_double_sum():
     assert 0 <= metrics.mmd2(x, x + 1e-9)
 
 
+def test_mmd2_by_blocks(monkeypatch):
+    """The same number and the same median, however little of the matrix is held at once."""
+    x, y = normal(40, 2, seed=1), normal(30, 2, seed=2) + 0.3
+    y[:3] = x[:3]
+    whole = [metrics.mmd2(x, y), metrics.mmd2(x, y, 0.5)]
+    for block in (500, 70, 1):
+        monkeypatch.setattr(metrics, "_BLOCK", block)
+        assert metrics._median_distance(torch.cat([x, y])) == float(nl.fields.base.median_distance(x, y))
+        assert [metrics.mmd2(x, y), metrics.mmd2(x, y, 0.5)] == pytest.approx(whole, abs=1e-16)
+    assert metrics._median_distance(torch.zeros(5, 2, dtype=F64)) == 1
+
+
+@pytest.mark.parametrize("unit", [1e-50, 1e-8, 1.0, 1e50])
+def test_w2_in_any_unit(unit):
+    """On the line, where it is the distance of the sorted points; and with an outlier that both clouds share."""
+    x, y = normal(60, 1, seed=1), normal(60, 1, seed=2) * 0.5 + 1
+    exact = float((x.sort(0)[0] - y.sort(0)[0]).square().mean().sqrt())
+    assert metrics.w2(unit * x, unit * y) == pytest.approx(unit * exact, rel=1e-12)
+    x[-1] = y[-1] = 1e8
+    exact = float((x.sort(0)[0] - y.sort(0)[0]).square().mean().sqrt())
+    assert metrics.w2(unit * x, unit * y) == pytest.approx(unit * exact, rel=1e-7)
+
+
 def test_floor_is_what_it_says():
     """Mean and deviation of the metric between pairs drawn one after the other, in this order."""
     g = seeded(1)
@@ -611,8 +634,15 @@ def test_stop_below():
     assert len(nl.follow(field, x, y, 0.5, 4, stop_below=100.0)) == 1
 
 
+def test_speed_is_the_length_of_the_velocity():
+    """Of one unit in each of nine coordinates: three, not one."""
+    x = torch.zeros(4, 9, dtype=F64)
+    for bound, length in ((2.999, 4), (3.001, 1)):
+        assert len(nl.follow(lambda x, y: torch.ones_like(x), x, x, 0.1, 3, stop_below=bound)) == length
+
+
 def test_divergence_names_the_step():
-    x = torch.full((2, 1), 1e30)
+    x = torch.full((2, 1), 1e3)
 
     def field(x, y):
         return 1e4 * x

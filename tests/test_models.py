@@ -93,6 +93,91 @@ def test_an_nsgf_learns_the_velocities_of_its_pool():
     assert (said - 3.0 * v).square().mean() < 0.1 * (3.0 * v).square().mean()
 
 
+class Constant(MLP):
+    """A network that says one velocity everywhere."""
+
+    def forward(self, x, t, label=None):
+        return torch.tensor([3.0, -6.0]).expand(x.shape) + 0 * super().forward(x, t, label)
+
+
+def test_renewed_minibatches_are_moved_by_the_network():
+    """By its velocity over the number of steps, and not by the flow's own step; the first ones follow the flow."""
+    for on_policy in (True, False):
+        model = nl.NSGF(
+            network=lambda d, c: Constant(d, width=4), renew=4, on_policy=on_policy, together=2, **FEW | {"steps": 3}
+        )
+        model.prepare(ROUND, FAR, SHORT, chance())
+        model._begin(chance())
+        for step in (1, 4):
+            model._batch(8, step, chance())
+        x, v = model.trajectories._x, model.trajectories._v
+        assert model.trajectories.added == 10 and len(x) == 8
+        moves, said = x[:, 1:] - x[:, :-1], torch.tensor([1.0, -2.0])
+        renewed = moves[:2] - (said if on_policy else 0.6 * v[:2, :-1])
+        assert renewed.abs().max() < 1e-5 and torch.allclose(moves[2:], 0.6 * v[2:, :-1], atol=1e-5)
+
+
+def test_minibatches_take_turns_at_the_classes():
+    """Over the blocks that are solved together, and over renewals."""
+    model = small(nl.NSGF, **FEW | {"pool": 7, "together": 2}, renew=1)
+    model.prepare(ROUND, [LEFT, FAR, ROUND], SHORT, chance())
+    model._begin(chance())
+    assert model.trajectories._label.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    model._batch(8, 1, chance())
+    assert model.trajectories._label.tolist() == [1, 2, 2, 0, 1, 2, 0] and model.trajectories.added == 9
+    sides = model.trajectories._x[:, -1, :, 0].mean(1)  # where they arrive
+    assert sides[0] > 2 and sides[1:3].abs().max() < 1.5 and sides[3] < -2
+
+
+def test_a_class_starts_from_its_own_source():
+    model = fitted("FM", source=[LEFT, FAR], target=[FAR, LEFT])
+    for label, side in ((0, -4.0), (1, 4.0)):
+        assert (model.path(100, 2, label=label)[0].mean(0) - torch.tensor([side, 0.0])).norm() < 0.5
+    both = model.path(100, 2)[0][:, 0]
+    assert 20 < (both > 0).sum() < 80 and both.abs().min() > 1
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e3])
+def test_the_loss_is_the_squared_distance_of_velocities_in_units_of_the_data(unit):
+    """By hand, at the first step: the sum over coordinates, the mean over points; the sum over models."""
+    budget, sources, targets = (
+        nl.Training(steps=1, batch=32),
+        [unit * POINTS, unit * POINTS],
+        [unit * POINTS + unit] * 2,
+    )
+    expected, alone = [], []
+    for seed in (3, 4):
+        model, g = small(nl.FlowMatching), chance(seed)
+        network = model.prepare(sources[0], targets[0], budget, g)
+        x, t, v, _ = model._batch(32, 0, g)
+        assert float(network.spread) == pytest.approx(float(torch.cat([sources[0], targets[0]]).std()), rel=0.2)
+        expected.append(float((network(x, t) - v).detach().div(network.spread).square().sum()) / 32)
+        alone += small(nl.FlowMatching).fit(sources[0], targets[0], budget, seed=seed, progress=False).losses
+    assert alone == pytest.approx(expected, rel=1e-5)
+    pair = [small(nl.FlowMatching) for _ in range(2)]
+    nl.fit_together(pair, sources, targets, budget, seeds=[3, 4], progress=False)
+    assert pair[0].losses == pytest.approx([sum(alone)], rel=1e-4)
+
+
+def test_a_network_is_standardised_to_source_and_target():
+    model = small(nl.FlowMatching)
+    model.prepare(LEFT, FAR, nl.Training(batch=1000), chance())
+    assert abs(float(model.velocity.centre[0])) < 0.2 and 2.5 < float(model.velocity.spread) < 3.2
+
+
+@pytest.mark.parametrize("unit", [1.0, 10.0])
+def test_no_particle_of_an_ept_leaps(unit):
+    """A move is `longest` spreads of the data at most, whatever the slope, and against the slope."""
+    model = nl.EPT(steps=2, step=1e6, longest=0.5, particles=50, network=ratio)
+    model.fit(unit * POINTS, unit * (POINTS + 3), nl.Training(steps=20, batch=32), progress=False)
+    network, x = model.kept[1], unit * POINTS
+    assert float(network.spread) == pytest.approx(unit * 1.8, rel=0.2)
+    moved = model._displacement(x, 1)
+    assert torch.allclose(moved.norm(dim=1), 0.5 * network.spread.expand(60), rtol=1e-4)
+    ahead, behind = (network(x + s * moved, torch.zeros(60)) for s in (1e-3, -1e-3))
+    assert (ahead < behind).all()
+
+
 # --- interpolations ---------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +289,9 @@ def test_a_models_solvers_agree_and_are_counted():
         (lambda: nl.NSGF(steps=0), "steps must be"),
         (lambda: nl.NSGF(pool=2.5), "pool must be"),
         (lambda: nl.NSGF(renew=-1), "renew must be"),
+        (lambda: nl.NSGF(on_policy="no"), "on_policy must be True or False, got 'no'"),
+        (lambda: nl.NSGF(half=1), "half must be True or False, got 1"),
+        (lambda: nl.NSGFPlusPlus(on_policy=0), "on_policy must be True or False, got 0"),
         (lambda: nl.OTCFM(minibatch=0), "minibatch must be"),
         (lambda: nl.OTCFM(matched=-1), "matched must be"),
         (lambda: nl.FlowMatching(smallest=1.0), "smallest must be"),
@@ -233,6 +321,37 @@ def test_hyperparameters_out_of_range(make, part):
 )
 def test_data_that_do_not_fit(name, source, target, part):
     refused(lambda: fitted(name, source, target), part)
+
+
+class Fixed(nn.Module):
+    """A network of so many outputs, or one that returns no tensor."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.layer, self.out = nn.Linear(2, out or 1), out
+
+    def forward(self, x, t=None):
+        return self.layer(x) if self.out else [self.layer(x)]
+
+
+@pytest.mark.parametrize("out", [1, 2, 3, None])
+def test_networks_of_the_wrong_number_of_outputs(out):
+    """One output would be added to both coordinates, a second one dropped: neither passes in silence."""
+    make = lambda d, c: Fixed(out)  # noqa: E731
+    got = "list" if out is None else rf"\({{n}}, {out}\)"
+    wanted = r"the network must return a tensor of shape \({n}, {d}\) at points of \({n}, 2\), got " + got
+    cases = {
+        "velocity": (lambda: nl.FlowMatching(make), 2, 32),
+        "ratio": (lambda: nl.EPT(steps=3, particles=50, network=make), 1, 64),
+        "clock": (lambda: nl.NSGFPlusPlus(network=small(nl.NSGF).network, predictor=make, **FEW), 1, 32),
+    }
+    for model, need, n in cases.values():
+        if out != need:
+            text = wanted.replace("{n}", str(n)).replace("{d}", str(need))
+            refused(lambda model=model: model().fit(ROUND, FAR, SHORT, progress=False), text)
+    fields = nl.fields.Critic(make=lambda d: Fixed(out))
+    if out != 1:
+        refused(lambda: fields.fit(POINTS, POINTS + 1), r"must return a tensor of shape \(60, 1\)")
 
 
 def test_fits_that_cannot_be():
@@ -271,6 +390,8 @@ def test_samples_that_cannot_be(name, tmp_path):
         refused(lambda: model.sample(5, 0), "steps must be a positive integer")
         refused(lambda: model.sample(5, 5, "midpoint"), "solver must be one of euler, heun, rk4, got 'midpoint'")
         refused(lambda: model.evaluations(5, "midpoint"), "solver must be one of")
+        for bad in ("a", 0, 2.5, None):
+            refused(lambda bad=bad: model.evaluations(bad), "steps must be a positive integer")
     assert torch.equal(model.sample(5, steps, start=normal(5, 2).double()), model.sample(5, steps, start=normal(5, 2)))
 
 
@@ -375,7 +496,15 @@ def test_what_cannot_be_stacked(tmp_path):
     )
     on_disk = [small(nl.NSGF, folder=tmp_path, **FEW) for _ in "ab"]
     refused(lambda: together(*on_disk), "each model needs a folder of its own")
-    refused(lambda: nl.fit_together([small(nl.FlowMatching)], [ROUND], [FAR], SHORT, seeds=[0, 1]), "zip")
+    refused(
+        lambda: nl.fit_together([small(nl.FlowMatching)], [ROUND], [FAR], SHORT, seeds=[0, 1]),
+        "seeds must be one for each model, 1, and at least one, got 2",
+    )
+    refused(lambda: nl.fit_together([], [], [], SHORT, seeds=[]), "at least one, got 0")
+    twice = small(nl.FlowMatching)
+    refused(lambda: together(twice, twice), "models must be different objects")
+    shared = MLP(2, width=4)
+    refused(lambda: together(*(nl.FlowMatching(lambda d, c: shared) for _ in "ab")), "network must make a new network")
 
 
 # --- a network of the reader's own ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 
+import book_extension
 import jupytext
 import nbformat
 import pytest
@@ -21,7 +22,7 @@ each_chapter = pytest.mark.parametrize("name", CHAPTERS)
 
 
 def source(name):
-    return (BOOK / f"{name}.md").read_text()
+    return (BOOK / f"{name}.md").read_text(encoding="utf-8")
 
 
 def code_cells(name):
@@ -76,7 +77,7 @@ def test_notebook_is_as_make_notebooks_writes_it(name):
     for cell, from_file in zip(fresh.cells, stored.cells, strict=True):
         if is_claim(cell):
             cell.outputs, cell.execution_count = from_file.outputs, from_file.execution_count
-    assert path.read_text() == text(fresh), "run make notebooks"
+    assert path.read_text(encoding="utf-8") == text(fresh), "run make notebooks"
 
 
 @each_chapter
@@ -100,7 +101,7 @@ def test_cells_that_check_are_tagged_as_claims(name):
 def test_each_statement_has_its_test_and_each_test_its_statement():
     labels = Counter()
     for path in BOOK.glob("*.md"):
-        for kind, title, options in STATEMENT.findall(path.read_text()):
+        for kind, title, options in STATEMENT.findall(path.read_text(encoding="utf-8")):
             label = OPTION.search(options)
             assert label, f"{path.name}: {kind}{title} has no label"
             assert label[1].startswith("thm-"), f"{path.name}: {label[1]} must begin with thm-"
@@ -108,12 +109,32 @@ def test_each_statement_has_its_test_and_each_test_its_statement():
     tests = Counter(
         node.name.removeprefix("test_")
         for path in (ROOT / "tests").glob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_thm_")
     )
     assert set(labels.values()) <= {1} and set(tests.values()) <= {1}, "a label or a test occurs twice"
     assert sorted(labels.keys() - tests.keys()) == [], "statements without a test of their name"
     assert sorted(tests.keys() - labels.keys()) == [], "tests test_thm_… without a statement of their name"
+
+
+def test_each_theorem_is_checked_by_a_route_that_its_test_names():
+    ways = book_extension.routes()
+    assert ways and {route for named in ways.values() for route in named} <= set(book_extension.ROUTES)
+    assert [name for name, named in ways.items() if not named] == [], "no line `Checked by: ROUTE.` in the docstring"
+
+
+def test_each_theorem_is_seen_to_fail_when_it_is_damaged():
+    lacking = []
+    for path in (ROOT / "tests").glob("test_thm_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        of = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+        def damages(node, of=of):
+            names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}  # called, or listed as a case
+            return "damaged" in names or any(damages(of.pop(name)) for name in names & set(of))
+
+        lacking += [name for name in list(of) if name.startswith("test_thm_") and not damages(of[name], dict(of))]
+    assert sorted(lacking) == [], "no damaged(...) in the test"
 
 
 @each_chapter

@@ -18,7 +18,7 @@ from conftest import ROOT, require
 
 import nsgf_lite as nl
 from nsgf_lite.closed_forms import gaussian_divergence, gaussian_map, gaussian_ot
-from nsgf_lite.transport.sinkhorn import Potentials
+from nsgf_lite.transport.problem import Extension, Potentials
 
 F64 = torch.float64
 DEVICES = [
@@ -527,10 +527,12 @@ def test_tolerance_below_rounding_is_raised():
     assert pot.converged and pot.marginal_error <= 10 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("d", [2, 9])
 @pytest.mark.parametrize("own", [False, True])
-def test_warm_start(own):
-    """Along a path, a start from the last potentials gives the same answer in fewer steps."""
-    x, y, a, b = clouds(20, n=60, m=60)
+def test_warm_start(own, d):
+    """Along a path, a start from the last potentials gives the same answer in fewer steps, with norms or without."""
+    x, y, a, b = clouds(20, n=60, m=60, d=d)
+    x, y = x * math.sqrt(2 / d), y * math.sqrt(2 / d)
     v = nl.fields.Sinkhorn(0.1, tol=1e-8)
     last, cold_steps, warm_steps = None, 0, 0
     for _ in range(8):
@@ -637,6 +639,16 @@ def test_tiny_temperature(dtype):
     reached(f"assignment, {dtype}", np.abs(P.double().numpy() - exact).max(), 1e-6)
 
 
+def test_a_map_far_from_the_origin():
+    """Norms of a thousand would leave single precision nothing of a kernel of inner products."""
+    x, y, a, b = (t.float() for t in clouds(26, n=40, m=50, d=9))
+    x, y, points = ((16 * t).round() / 16 for t in (x, y, x + 0.1))
+    there, here = (nl.barycentric_map(x + s, y + s, 0.5, a, b, tol=1e-5)(points + s) - s for s in (1024.0, 0.0))
+    reached("T at offset 1024", (there - here).abs().max(), 2e-3)
+    exact = nl.barycentric_map(*(t.double() for t in (x, y)), 0.5, *(t.double() / t.sum() for t in (a, b)))
+    reached("T", (there - exact(points.double())).abs().max(), 2e-3)
+
+
 @pytest.mark.parametrize("d", [2, 784])
 def test_float32_keeps_its_type_and_answer(d):
     x, y, a, b = clouds(26, n=40, m=50, d=d)
@@ -669,10 +681,11 @@ def test_blocks():
     g = torch.Generator().manual_seed(0)
     m, k = 2**20, 20
     y, points = torch.randn(m, 1, generator=g, dtype=F64), torch.randn(k, 1, generator=g, dtype=F64)
-    pot = Potentials(torch.zeros(1), torch.randn(m, generator=g, dtype=F64), 0, 0.0, True)
-    T = nl.BarycentricMap(y, torch.full((m,), 1 / m, dtype=F64), 0.5, pot, torch.zeros(1, m, dtype=F64))
-    assert [len(S) for S, _ in T._blocks(points)] == [16, 4], "the test must need several blocks"
-    S = (pot.g - (points - y.T).square() / 2) / 0.5
+    b, dual = torch.full((m,), 1 / m, dtype=F64), torch.randn(m, generator=g, dtype=F64)
+    extension = Extension(y[None], b[None], dual[None], 0.5, None, 8)
+    T = nl.BarycentricMap(y, b, 0.5, Potentials(b, dual, 0, 0.0, True), torch.zeros(1, m, dtype=F64), extension)
+    assert [S.shape[1] for S, _ in extension.blocks(points[None])] == [16, 4], "the test must need several blocks"
+    S = (dual - (points - y.T).square() / 2) / 0.5
     reached("T", (T(points) - torch.softmax(S, 1) @ y).abs().max(), 1e-12)
     f = -0.5 * (torch.logsumexp(S, 1) - math.log(m))
     reached("f", (T.potential(points) - f).abs().max(), 1e-12)

@@ -1,8 +1,10 @@
 """Pool, streams and checkpoints: what is bounded, what is refused, and what is noticed."""
 
+import errno
 import math
 import os
 import resource
+from dataclasses import dataclass
 
 import pytest
 import safetensors.torch
@@ -13,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 import nsgf_lite as nl
 from nsgf_lite.training import checkpoints
-from nsgf_lite.training.streams import Stream
+from nsgf_lite.training.streams import Stream, described
 
 FAR = nl.toy.Gaussian((4.0, 0.0), ((0.5, 0.0), (0.0, 0.5)))
 
@@ -123,24 +125,57 @@ def test_on_disk_equals_in_memory_and_both_resume(tmp_path):
     refused(lambda: nl.Pool(4, tmp_path).restore(pools[0].state()), "pool is in memory")
 
 
-def test_half_precision(tmp_path):
-    x, v = flown()
+@pytest.mark.parametrize("unit", [1e-30, 1e-8, 1e-6, 1.0, 1e6, 1e30])
+def test_half_precision_has_three_digits_in_every_unit_and_everywhere(unit, tmp_path):
+    """Of positions about their minibatch's mean and of velocities, in units of the largest, with an offset."""
+    flow, offset = flown(), torch.tensor([1000.0, -300.0]) * unit
+    x, v = unit * flow[0] + offset, unit * flow[1]
+    mean = x.mean((0, 2), keepdim=True)
+    largest = [(part.abs().amax((0, 2, 3))) for part in (x - mean, v)]
     for folder in (None, tmp_path):
-        exact, half = nl.Pool(3), nl.Pool(3, folder, half=True)
-        exact.add(x, v)
+        half, exact = nl.Pool(3, folder, half=True), nl.Pool(3)
         half.add(x, v)
+        exact.add(x, v)
         assert half.bound * 2 == exact.bound
-        for a, b in zip(exact.sample(500, chance()), half.sample(500, chance()), strict=True):
-            assert a.dtype == b.dtype and ((a - b).abs() <= 2**-11 * a.abs() + 2**-25).all()
-        before = half.added
-        refused(lambda half=half: half.add(x, v * 1e5), "finite, also in half precision")
-        assert half.added == before
-    exact.add(x, v * 1e5)
+        (a, k, u, _), (b, step, w, _) = half.sample(500, chance()), exact.sample(500, chance())
+        assert a.dtype == b.dtype and torch.equal(k, step)
+        row = torch.randint(3 * 4 * 8, (500,), generator=chance()) // 32
+        for got, true, size, slack in ((a, b, largest[0], 2**-23 * offset.abs().max()), (u, w, largest[1], 0.0)):
+            error = (got - true).abs().amax(1)
+            assert (error <= 2**-11 * size[row] + slack).all()
+            assert error.max() > 2**-13 * size.max()  # it is half precision
+        refused(lambda half=half: half.add(x, v * math.inf), "finite")
+        assert half.added == 3
+
+
+def test_half_precision_resumes(tmp_path):
+    for folder in (None, tmp_path):
+        pool, twin = nl.Pool(3, folder, half=True), nl.Pool(3, folder, half=True)
+        pool.add(*flown(b=4))
+        twin.restore({name: t.clone() for name, t in pool.state().items()})
+        pairs = zip(pool.sample(100, chance()), twin.sample(100, chance()), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_a_pool_on_disk_takes_only_its_own_files(tmp_path):
+    """Another run's file of the same number and shape, and two of its own that changed places."""
+    names = [f"minibatch-0000000{k}.safetensors" for k in range(2)]
+    one, two = nl.Pool(2, tmp_path / "one"), nl.Pool(2, tmp_path / "two")
+    one.add(*flown(b=2))
+    two.add(*flown(b=2, seed=9))
+    state, kept = one.state(), [(tmp_path / "one" / name).read_bytes() for name in names]
+    nl.Pool(2, tmp_path / "one").restore(state)
+    refused(lambda: nl.Pool(2, tmp_path / "two").restore(state), f"{names[0]} is of another run")
+    for name, content in zip(names, reversed(kept), strict=True):
+        (tmp_path / "one" / name).write_bytes(content)
+    refused(lambda: nl.Pool(2, tmp_path / "one").restore(state), f"{names[0]} is of another run, or in another's place")
 
 
 def test_the_pool_refuses():
     pool = nl.Pool(3)
     refused(lambda: nl.Pool(0), "capacity must be a positive integer")
+    for flag in ("no", 1, None):
+        refused(lambda flag=flag: nl.Pool(3, half=flag), "half must be True or False, got")
     refused(lambda: pool.sample(3, chance()), "pool is empty")
     x, v = flown()
     spoiled = v.clone()
@@ -159,7 +194,7 @@ def test_the_pool_refuses():
 def test_a_new_pool_clears_its_folder_and_a_resumed_one_what_came_after(tmp_path):
     nl.Pool(9, tmp_path).add(*flown(b=9))
     (tmp_path / ".minibatch-00000003.safetensors.77.part").write_bytes(b"cut short")
-    (tmp_path / "notes.txt").write_text("the reader's own")
+    (tmp_path / "notes.txt").write_text("the reader's own", encoding="utf-8")
     pool = nl.Pool(2, tmp_path)
     pool.add(*flown(b=2))
     assert len(list(tmp_path.iterdir())) == 3
@@ -262,6 +297,71 @@ def test_streams_refuse(data, parts):
     refused(lambda: Stream("target", data), *parts)
 
 
+@pytest.mark.parametrize("label", [-1, 3, 1.0, True, None, "one"])
+def test_a_label_that_is_none_draws_nothing(label):
+    laws, points = [FAR] * 3, (POINTS, LABELS)
+    for stream in (Stream("target", laws), Stream("target", points), Stream("target", loader(labels=True), 3)):
+        for draw in (stream.draw, stream.many):
+            refused(lambda draw=draw: draw(4, chance(), label), "label must be an integer from 0 to 2, got")
+    assert len(Stream("target", FAR).draw(4, chance(), label)) == 4  # of one class: it has no say
+
+
+@dataclass
+class Generous:
+    more: int
+
+    def sample(self, n, generator):
+        return FAR.sample(n + self.more, generator)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_law_gives_as_many_points_as_it_is_asked_for(more):
+    stream = Stream("source", Generous(more))
+    refused(lambda: stream.draw(5, chance()), "source must give as many points as it is asked for, 5, got")
+
+
+@pytest.mark.parametrize("turned", [lambda t: t, torch.Tensor.float, torch.Tensor.int, torch.Tensor.byte])
+def test_one_hot_labels_are_no_points(turned):
+    labels = turned(torch.nn.functional.one_hot(LABELS))
+    refused(lambda: Stream("target", (POINTS, labels)), "target of class 1 must be points", "labels of shape")
+    two = turned(torch.nn.functional.one_hot(LABELS % 2))  # of the points' own dimension
+    refused(lambda: Stream("target", [POINTS, two]), "target of class 1 must be points", r"argmax\(1\)")
+    images = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    assert Stream("target", [images, images[:2]]).classes == 2  # bytes are points
+
+
+class Hidden:
+    """A law whose repr says nothing of what it draws from."""
+
+    def __init__(self, points):
+        self.inner = {"points": [points]}
+
+    def sample(self, n, generator):
+        return self.inner["points"][0][:n]
+
+
+@dataclass
+class Empirical(Hidden):
+    """One whose repr shows the first and the last few points."""
+
+    points: torch.Tensor
+
+    def __post_init__(self):
+        super().__init__(self.points)
+
+
+def test_data_of_one_shape_and_mean_are_told_apart():
+    big = normal(2000, 2)
+    other = big.clone()
+    other[1000], other[1001] = big[1001] + 1, big[1000] - 1
+    assert torch.allclose(big.mean(0), other.mean(0))
+    loaders = [lambda x: DataLoader(TensorDataset(x), 7), lambda x: DataLoader(x, 7)]
+    for made in (lambda x: x, Hidden, Empirical, lambda x: Hidden(x.numpy()), lambda x: [x, FAR], *loaders):
+        one, same, two = (repr(Stream("target", made(x))) for x in (big, big.clone(), other))
+        assert one == same != two
+    assert described(FAR) == repr(FAR) and "hash" not in described(nl.fields.Sinkhorn(0.5))
+
+
 class Cracked:
     def sample(self, n, generator):
         return torch.full((n, 2), math.inf)
@@ -294,7 +394,7 @@ class Forward(IterableDataset):
 
 def test_a_loader_of_a_dataset_without_length():
     stream = Stream("source", DataLoader(Forward(), 7))
-    assert torch.equal(stream.draw(60, chance()), POINTS) and repr(stream) == "loader of Forward"
+    assert torch.equal(stream.draw(60, chance()), POINTS) and repr(stream) == "loader of Forward by 7"
     assert torch.equal(stream.draw(9, chance()), POINTS[:9])
 
 
@@ -392,14 +492,83 @@ def test_a_run_killed_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoints.write(file, {"x": torch.zeros(3)}, {})
     assert torch.equal(checkpoints.read(file)[0]["x"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 2
-    checkpoints.sweep(file)
+    checkpoints.sweep(file.parent, file.name)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_hash_sees_how_numbers_are_read(tmp_path):
+    """Not the bytes alone: the same ones as other numbers, in another shape, or under another name are not the same."""
+    x = torch.arange(6, dtype=torch.int32)
+    others = [{"x": x.view(torch.float32)}, {"x": x.view(2, 3)}, {"y": x}, {"x": x.view(torch.int16)}]
+    marks = {checkpoints.hash_of(tensors) for tensors in ({"x": x}, *others)}
+    assert len(marks) == 5 and checkpoints.hash_of({"x": x}, "notes") not in marks
+    file = tmp_path / "file"
+    checkpoints.write(file, {"x": x}, {})
+    with safetensors.safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    for tensors in others:
+        safetensors.torch.save_file(tensors, file, header)
+        refused(lambda: checkpoints.read(file), "file is damaged")
+
+
+def test_the_same_content_makes_the_same_bytes(tmp_path):
+    for k in range(9):
+        checkpoints.write(tmp_path / str(k), KINDS, {"a": 1, "b": [2, 3]})
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
+def test_what_is_read_is_in_memory_unless_it_is_mapped(tmp_path):
+    file = tmp_path / "file"
+    checkpoints.write(file, {"x": torch.ones(1000)}, {})
+    copied, mapped = (checkpoints.read(file, mapped)[0]["x"] for mapped in (False, True))
+    with open(file, "r+b") as out:  # in place
+        out.seek(-4000, os.SEEK_END)
+        out.write(bytes(4000))
+    assert torch.equal(copied, torch.ones(1000)) and torch.equal(mapped, torch.zeros(1000))
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    """Windows opens no folder."""
+    opened = os.open
+
+    def refuse(path, *given, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "no folders here", path)
+        return opened(path, *given, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    checkpoints.write(tmp_path / "file", {"x": torch.ones(3)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("a file", encoding="utf-8")
+    for path in (tmp_path / ("long" * 99), tmp_path / "text" / "file"):
+        for attempt in (lambda path=path: checkpoints.write(path, {}, {}), checkpoints.held(path).__enter__):
+            with pytest.raises(OSError, match="could not write") as told:
+                attempt()
+            assert told.value.filename == str(path)
+
+    def read_only(path, *given, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "unlink", read_only)
+    for attempt in (
+        lambda: checkpoints.write(tmp_path / "new", {}, {}),
+        lambda: checkpoints.held(tmp_path / "new").__enter__(),
+    ):
+        with pytest.raises(OSError, match=r"could not write .*\(Permission denied\)") as told:
+            attempt()
+        assert told.value.filename == str(tmp_path / "new")
+    refused(lambda: checkpoints.read(tmp_path), "is a folder, and a file is needed")
 
 
 def test_foreign_files_are_refused(tmp_path):
     safetensors.torch.save_file({"x": torch.ones(3)}, tmp_path / "theirs")
     refused(lambda: checkpoints.read(tmp_path / "theirs"), "theirs was not written by nsgf_lite")
-    (tmp_path / "text").write_text("a text, and not a short one" * 9)
+    (tmp_path / "text").write_text("a text, and not a short one" * 9, encoding="utf-8")
     refused(lambda: checkpoints.read(tmp_path / "text"), "text is damaged or no safetensors file")
     with pytest.raises(FileNotFoundError, match="none"):
         checkpoints.read(tmp_path / "none")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import damaged, sharp
 
 import nsgf_lite as nl
 
@@ -96,11 +97,23 @@ CASES = {
 # thm-surrogate-gradient -----------------------------------------------------------------
 
 
-def check_identity(case, seed, eta=0.3):
-    """Stopped gradient = 2 eta x gradient of the functional = finite difference; without the stop it is another."""
+class Kinked(torch.nn.Module):
+    """A generator of ReLU units: Lipschitz in its parameters, and not differentiable everywhere."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, d))
+
+    def forward(self, z):
+        return self.layers(z)
+
+
+def check_identity(case, seed, kinked=False, eta=0.3):
+    """Stopped gradient = 2 eta x finite difference of the functional; without the stop it is another."""
     field, F, d = CASES[case]
     generator = torch.Generator().manual_seed(seed)
-    net = network(generator, d).double()
+    net = nl.networks.seeded(lambda: Kinked(d), generator) if kinked else network(generator, d)
+    net = net.double()
     z = torch.randn(9, 2, generator=generator, dtype=F64)
     y = cloud(generator, 6, d)[0]
     x = net(z)
@@ -115,13 +128,18 @@ def check_identity(case, seed, eta=0.3):
         start = torch.nn.utils.parameters_to_vector(moved.parameters())
         torch.nn.utils.vector_to_parameters(start + s * direction, moved.parameters())
         values.append(float(F(moved(z), y).detach()))
-    assert abs((values[0] - values[1]) / 2e-4 - whole @ direction) < 1e-5 * direction.norm()
+    slope = (values[0] - values[1]) / 2e-4
+    assert abs(stopped @ direction - 2 * eta * slope) < 3e-7 * direction.norm()
+    damaged("the factor 2", abs(stopped @ direction - eta * slope) < 1e-3 * abs(slope))
+    damaged("the sign", stopped @ direction * slope < 0)
     if case == "sinkhorn":  # which cannot be differentiated through
         return
     loose = gradient((net(z) - (lambda u: u + eta * field(u, y))(net(z))).square().sum(1).mean(), net)
     value = gradient(field(net(z), y).square().sum(1).mean(), net)
     assert (loose - eta**2 * value).norm() < 1e-9 * value.norm()
-    assert torch.cosine_similarity(loose, whole, dim=0) < (0.98 if d > 1 else 1 - 1e-6)
+    if not kinked:  # whose samples start as one heap: there the two are nearly parallel
+        assert torch.cosine_similarity(loose, whole, dim=0) < (0.98 if d > 1 else 1 - 1e-6)
+    damaged("without the stop", (loose - 2 * eta * whole).norm() < 0.1 * whole.norm())
 
 
 def check_training(case, seed, step):
@@ -164,13 +182,30 @@ def check_the_value_is_blind(seed):
     assert F(path[1], y) < F(x, y)
 
 
+def check_by_hand(eta=0.2, theta=0.6, h=1e-6):
+    """Potential energies: f = theta z in a bowl and on a hill; and a step in z, Lipschitz on no one neighbourhood."""
+    z = torch.tensor([-1.0, 1.0], dtype=F64)  # mean square one
+    for bend in (1.0, -1.0):  # W = bend x^2 / 2
+        loss = [(((t - theta) * z + eta * bend * theta * z) ** 2).mean() for t in (theta + h, theta - h)]
+        value = [bend * (t * z).square().mean() / 2 for t in (theta + h, theta - h)]
+        assert abs((loss[0] - loss[1]) - 2 * eta * (value[0] - value[1])) < 1e-8 * h
+    W = torch.tensor([0.3, 1.0], dtype=F64)  # at 0 and at 1; f = 1 where z < theta, z uniform on [0, 1]
+    value = [t * W[1] + (1 - t) * W[0] for t in (theta + h, theta - h)]
+    z = (torch.arange(1000, dtype=F64) + 0.5) / 1000
+    inner = ((z < theta + h).to(F64) - (z < theta - h).to(F64)).abs().max()  # derivative zero for almost every z
+    damaged("not Lipschitz on one neighbourhood", abs(2 * eta * (value[0] - value[1]) / (2 * h)) <= inner)
+
+
 @pytest.mark.parametrize(
     ("claim", "setting"),
     [(check_identity, (case, seed)) for case in CASES for seed in (0, 1)]
+    + [(check_identity, (case, 3, True)) for case in CASES]
+    + [(check_by_hand, ())]
     + [(check_training, (case, seed, step)) for case in CASES for seed, step in ((0, 1.0), (1, 0.3))]
     + [(check_the_value_is_blind, (0,))],
 )
 def test_thm_surrogate_gradient(claim, setting):
+    """Checked by: finite differences, closed form."""
     claim(*setting)
 
 
@@ -179,6 +214,7 @@ def test_thm_surrogate_gradient(claim, setting):
 
 @pytest.mark.parametrize(("d", "h", "seed"), [(1, 0.3, 0), (2, 0.5, 1), (3, 1.5, 2), (2, 0.2, 3)])
 def test_thm_tweedie(d, h, seed):
+    """Checked by: definition, closed form."""
     generator = torch.Generator().manual_seed(seed)
     (x, a), (y, b) = cloud(generator, 8, d), cloud(generator, 11, d)
     field = nl.fields.ScoreDifference(h)
@@ -202,6 +238,19 @@ def test_thm_tweedie(d, h, seed):
         there = u + field(u[None], y, b=b)[0]
         rise = log_kernel_mean(there[None], y, b, h) - log_kernel_mean(u[None], y, b, h)
         assert rise >= (there - u).square().sum() / (2 * h**2) - 1e-12
+    # One datum makes part 3 an equality.
+    one, u = y[:1], z[:1] + 0.1
+    step = nl.fields.ScoreDifference(h)(u, one)
+    assert (u + step - one).abs().max() < 1e-12
+    rise = log_kernel_mean(u + step, one, b[:1], h) - log_kernel_mean(u, one, b[:1], h)
+    sharp(step.square().sum() / (2 * h**2), rise, 0.999)
+    damaged("twice the climb", rise >= step.square().sum() / h**2)
+    damaged("scores without h squared", h == 1 or (V - slope).norm() < 0.01 * slope.norm())
+    if d > 1:
+        shares = torch.softmax(-torch.cdist(z, y) / h + b.log(), 1)  # mean shift with another kernel
+        unit = (z[:, None] - y) / torch.cdist(z, y)[..., None] / h
+        pull = torch.einsum("kn,kni,knj->kij", shares, y - (shares @ y)[:, None], -unit)
+        damaged("mean shift by exp(-distance) is a gradient", (pull - pull.mT).norm() < 1e-3 * pull.norm())
     # The posterior mean of a Gaussian, in closed form.
     if d <= 2:
         nodes, w = hermite(40 if d == 1 else 26, d)
@@ -235,6 +284,8 @@ def check_the_field_holds_the_data(d, seed):
         assert (guess - truth).abs().max() < 1e-8
     ratio = (guess / truth).log()
     assert ratio.max() - ratio.min() < 1e-7
+    off = (log_kernel_mean(z, x, a, h) + work / h).exp() / truth
+    damaged("1/h for 1/h squared", off.log().max() - off.log().min() < 0.1)
 
 
 def check_only_at_home(d, seed):
@@ -270,6 +321,8 @@ def check_particles_may_rest(h):
     up = torch.tensor([0.0, 0.5], dtype=F64)
     copies = torch.cat([flat + up, flat - up])
     assert field(flat, copies).abs().max() < 1e-12
+    for q, p in ((zero, pair), (flat, copies)):  # no absolutely continuous part: at rest and yet not the data
+        damaged("q of any kind", field(q, p).abs().max() > 1e-12 or field(q, p, at=p + 0.1).abs().max() < 1e-3)
     # With some density the same segment does not rest.
     thick = torch.cat([flat + s * up for s in (-0.4, 0.0, 0.4)])
     assert field(thick, copies).norm(dim=1).max() > 0.01
@@ -282,6 +335,7 @@ def check_particles_may_rest(h):
     + [(check_particles_may_rest, (h,)) for h in (0.4, 1.0)],
 )
 def test_thm_score_difference_consistency(claim, setting):
+    """Checked by: quadrature, definition."""
     claim(*setting)
 
 
@@ -381,12 +435,182 @@ def check_gaussians(d):
     assert float(slopes[1]) < 0.7 * float(slopes[0]) / h**2
 
 
+def check_constants(h=0.5):
+    """Atoms for which the bounds of parts 2 to 4 are reached, or nearly; and what is false with less."""
+    one, lattice = torch.ones(1, dtype=F64), Lattice(1, h, reach=9.0)
+
+    def spot(place):
+        return torch.full((1, 1), place, dtype=F64)
+
+    R = 0.8
+    speed = float(nl.fields.SmoothedKL(h)(spot(-R), spot(R)))
+    sharp(speed, 2 * R / h**2, 0.999)
+    damaged("half the speed limit", speed <= R / h**2)
+    damaged("units of length", speed <= 2 * R / h)
+    jeffreys = lattice.divergence(spot(-R), one, spot(R), one) + lattice.divergence(spot(R), one, spot(-R), one)
+    sharp(jeffreys, speed * 2 * R, 0.999)
+    damaged("one divergence for both", lattice.divergence(spot(-R), one, spot(R), one) > 0.9 * speed * 2 * R)
+    R, t = 0.3 * h, 0.4
+    moved = lattice.divergence(spot(t), one, spot(0.0), one)  # p = q: the velocity is zero
+    sharp(moved, (1 / h**2 + R**2 / h**4) * t**2 / 2, 0.9)
+    damaged("half the constant", moved <= (1 / h**2 + R**2 / h**4) * t**2 / 4)
+    # A light particle amid two heavy ones, above one datum: the second term is needed.
+    R, t, light = 3 * h, 0.02, 1e-6
+    masses = torch.tensor([(1 - light) / 2, light, (1 - light) / 2], dtype=F64)
+    F = [lattice.divergence(torch.tensor([[-R], [s], [R]], dtype=F64), masses, spot(0.0), one) for s in (0.0, t)]
+    rest = float(F[1] - F[0]) / (light * t**2 / 2)
+    assert 2 / h**2 < rest <= 1 / h**2 + R**2 / h**4
+    damaged("without the second term", rest <= 1 / h**2)
+
+
 @pytest.mark.parametrize(
     ("claim", "setting"),
-    [(check_velocity, setting) for setting in ((1, 0.6, 0), (1, 1.2, 1), (2, 1.0, 2))]
+    [(check_constants, ())]
+    + [(check_velocity, setting) for setting in ((1, 0.6, 0), (1, 1.2, 1), (2, 1.0, 2))]
     + [(check_tangent, (seed,)) for seed in (0, 1)]
     + [(check_displacement, (seed,)) for seed in (0, 1)]
     + [(check_gaussians, (1,)), (check_gaussians, (2,))],
 )
 def test_thm_smoothed_kl_flow(claim, setting):
+    """Checked by: quadrature, primal value, closed form."""
+    claim(*setting)
+
+
+# thm-smoothed-flow-any-kernel ------------------------------------------------------------
+
+
+class Panels:
+    """Integrals over the line by Gauss and Legendre, on panels that end where a kernel may have a kink."""
+
+    def __init__(self, *atoms, reach=20.0, longest=0.5):
+        ends = torch.cat([*atoms, torch.tensor([-reach, reach], dtype=F64)]).detach().unique()
+        cuts = [
+            torch.linspace(s, t, int((t - s) / longest) + 2, dtype=F64) for s, t in zip(ends, ends[1:], strict=False)
+        ]
+        cuts = torch.cat([*[c[:-1] for c in cuts], ends[-1:]])
+        nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(12))
+        half = (cuts[1:] - cuts[:-1]) / 2
+        self.u = ((cuts[1:] + cuts[:-1])[:, None] / 2 + half[:, None] * nodes).flatten()
+        self.w = (half[:, None] * weights).flatten()
+
+    def blur(self, gamma, x, a):
+        return gamma(self.u[:, None] - x) @ a
+
+    def divergence(self, gamma, x, a, y, b):
+        s, r = self.blur(gamma, x, a), self.blur(gamma, y, b)
+        return float((s * (s / r).log()) @ self.w)
+
+
+def laplace(z, h=0.4):
+    return torch.exp(-z.abs() / h) / (2 * h)
+
+
+def matern(z, h=0.4):
+    return (1 + z.abs() / h) * torch.exp(-z.abs() / h) / (4 * h)
+
+
+def bell(z, h=0.4):
+    return torch.exp(-(z**2) / (2 * h * h)) / (2 * math.pi * h * h) ** 0.5
+
+
+def skew(z, up=0.3, down=0.8):
+    return torch.where(z > 0, torch.exp(-z / up), torch.exp(z / down)) / (up + down)
+
+
+def divergence(gamma, x, a, y, b):
+    return Panels(x, y).divergence(gamma, x, a, y, b)
+
+
+def slopes(gamma, x, a, y, b, step=1e-4):
+    """-(1/a) dF/dx by central differences of the value."""
+    out = []
+    for i in range(len(x)):
+        move = step * torch.eye(len(x), dtype=F64)[i]
+        out.append(divergence(gamma, x - move, a, y, b) - divergence(gamma, x + move, a, y, b))
+    return torch.tensor(out, dtype=F64) / (2 * step * a)
+
+
+def check_any_tangent(gamma, seed):
+    """F = tangent plane + divergence, psi by quadrature of its definition; false for noise that is not symmetric."""
+    generator = torch.Generator().manual_seed(seed)
+    (x, a), (y, b), (s, c) = (cloud(generator, n, 1) for n in (5, 7, 4))
+    x, y, s = (t[:, 0] for t in (x, y, 3 * s))
+    line = Panels(x, y, s, reach=10.0 if gamma is bell else 20.0)  # further out a bell underflows
+    ratio = (line.blur(gamma, x, a) / line.blur(gamma, y, b)).log()
+    plane = line.divergence(gamma, x, a, y, b)
+    for points, masses, sign in ((s, c, 1), (x, a, -1)):
+        plane = plane + sign * (masses @ (gamma(points[:, None] - line.u) @ (ratio * line.w)))
+    exact = line.divergence(gamma, s, c, y, b)
+    defect = abs(plane + line.divergence(gamma, s, c, x, a) - exact)
+    if gamma is not skew:
+        assert defect < 1e-11 * exact
+        damaged("without the last divergence", abs(plane - exact) < 0.01 * exact)
+    else:
+        damaged("noise that is not symmetric", defect < 0.01 * exact)
+
+
+def check_any_velocity(seed, h=0.4):
+    """The library's score difference for a kernel with an exponential tail, smoothed once more, is the slope of F."""
+    generator = torch.Generator().manual_seed(seed)
+    (x, a), (y, b) = cloud(generator, 5, 1), cloud(generator, 7, 1)
+    line = Panels(x[:, 0], y[:, 0])
+    field = nl.fields.ScoreDifference(h, "laplace")
+    raw = field(x, y, at=line.u[:, None], a=a, b=b)[:, 0] / h**2
+    V = matern(line.u - x) @ (raw * line.w)
+    slope = slopes(matern, x[:, 0], a, y[:, 0], b)
+    assert (V - slope).abs().max() < 1e-6 * slope.abs().max()
+    assert V.abs().max() <= 2 / h
+    bare = field(x, y, a=a, b=b)[:, 0] / h**2
+    damaged("one smoothing only", (bare - slope).norm() < 0.1 * slope.norm())
+    # Laplace noise, its scores written out.
+    scores = []
+    for points, masses in ((y, b), (x, a)):
+        away = points[:, 0] - line.u[:, None]
+        share = masses * laplace(away)
+        scores.append((share / share.sum(1, keepdim=True) * away.sign()).sum(1) / h)
+    V = laplace(line.u - x) @ ((scores[0] - scores[1]) * line.w)
+    assert (V - slopes(laplace, x[:, 0], a, y[:, 0], b)).abs().max() < 1e-5
+    # Displacements of all sizes, each particle split in two.
+    x2, a2 = x[:, 0].repeat(2), a.repeat(2) / 2
+    phi = torch.randn(10, generator=generator, dtype=F64)
+    F, drop = divergence(laplace, x[:, 0], a, y[:, 0], b), a2 @ (V.repeat(2) * phi)
+    for t in (2.0, 0.3, 0.05):
+        rest = abs(divergence(laplace, x2 + t * phi, a2, y[:, 0], b) - F + t * drop)
+        assert rest <= 1.5 / h**2 * t**2 * (a2 @ phi**2)
+    # At rest in the ball: only the data.
+    assert field(x, x.clone(), at=line.u[:, None], a=a, b=a).abs().max() < 1e-12
+
+
+def check_any_constants(h=0.4):
+    one = torch.ones(1, dtype=F64)
+    zero, far = torch.zeros(1, dtype=F64), torch.full((1,), 9 * h, dtype=F64)
+    middle = torch.tensor([-h / 100, h / 100], dtype=F64) + 4.5 * h
+    line = Panels(zero, far, middle)
+    ratio = (line.blur(laplace, zero, one) / line.blur(laplace, far, one)).log()
+    psi = laplace(middle[:, None] - line.u) @ (ratio * line.w)
+    speed = float(psi[0] - psi[1]) / (h / 50)
+    sharp(speed, 2 / h, 0.95)
+    damaged("speed at most L", speed <= 1 / h)
+    # Two displaced noises: one half L^2 |v|^2 is reached as v tends to zero.
+    moved = divergence(laplace, torch.full((1,), 0.02 * h, dtype=F64), one, zero, one)
+    sharp(moved, 0.02**2 / 2, 0.98)
+    # A light particle that leaves the datum, midway between two heavy ones.
+    light, t = 1e-3, 0.1 * h
+    masses = torch.tensor([(1 - light) / 2, light, (1 - light) / 2], dtype=F64)
+    F = [divergence(laplace, torch.tensor([-4 * h, s, 4 * h], dtype=F64), masses, zero, one) for s in (0.0, t)]
+    sharp(F[1] - F[0], 1.5 / h**2 * light * t**2, 0.45)
+    damaged("the Gaussian's constant, 1/2", F[1] - F[0] <= 0.5 / h**2 * light * t**2)
+    pair, even = torch.tensor([-1.0, 1.0], dtype=F64), torch.full((2,), 0.5, dtype=F64)
+    stalls = slopes(laplace, zero, one, pair, even).abs().max() < 1e-9
+    damaged("at rest on the support only", not stalls or divergence(laplace, zero, one, pair, even) < 0.1)
+
+
+@pytest.mark.parametrize(
+    ("claim", "setting"),
+    [(check_any_tangent, (gamma, seed)) for gamma, seed in ((laplace, 0), (matern, 1), (bell, 2), (skew, 3))]
+    + [(check_any_velocity, (seed,)) for seed in (0, 1)]
+    + [(check_any_constants, ())],
+)
+def test_thm_smoothed_flow_any_kernel(claim, setting):
+    """Checked by: quadrature, finite differences."""
     claim(*setting)

@@ -9,6 +9,7 @@ import math
 import pytest
 import sympy
 import torch
+from conftest import damaged
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 
@@ -76,6 +77,10 @@ def asymmetry(J, a):
 
 @pytest.mark.parametrize(("seed", "h"), [(0, 0.7), (1, 1.0), (2, 1.6)])
 def test_thm_wedge(seed, h):
+    """Curl by automatic differentiation of the field; C and psi written out here.
+
+    Checked by: definition.
+    """
     x, y, a, b, g = problem(seed)
     z = torch.randn(7, 2, generator=g, dtype=F64).requires_grad_()
     log_C, psi = parts(x, y, a, b, h, z)
@@ -89,6 +94,8 @@ def test_thm_wedge(seed, h):
     wedge = C[:, 0] * (to_C[:, 0] * to_psi[:, 1] - to_C[:, 1] * to_psi[:, 0])
     assert (curl(V, z) - wedge).abs().max() < 1e-12
     assert wedge.abs().max() > 1e-3
+    damaged("the wedge turned round", (curl(V, z) + wedge).abs().max() < 1e-6)
+    damaged("C > 0 dropped: psi rises along -V too", (parts(x, y, a, b, h, z - 1e-3 * V(z))[1] > psi).any())
     # Without the factor nothing is left; and psi rises along the frozen flow.
     assert curl(lambda t: V(t) / parts(x, y, a, b, h, t)[0].exp()[:, None], z).abs().max() < 1e-12
     path = nl.follow(lambda points, data: V(points), z, y, step=0.02, steps=60, method="heun")
@@ -114,6 +121,10 @@ def test_thm_wedge(seed, h):
 
 @pytest.mark.parametrize("h", [0.6, 1.0, 2.0])
 def test_thm_cross_curl(h):
+    """From the definition, by symbols and by automatic differentiation.
+
+    Checked by: computer algebra, definition.
+    """
     g = torch.Generator().manual_seed(0)
     z = 1.5 * torch.randn(9, 2, generator=g, dtype=F64)
     half = torch.full((2,), 0.5, dtype=F64)
@@ -129,6 +140,8 @@ def test_thm_cross_curl(h):
     assert (closed_forms.cross_velocity(z, h) - V(z)).abs().max() < 1e-13
     assert (curl(V, z) - swirl).abs().max() < 1e-12
     assert (closed_forms.cross_curl(z, h) - swirl).abs().max() < 1e-13
+    damaged("the bracket without its product", (curl(V, z) + C / h**4 * (z[:, 0] * t + z[:, 1] * s)).abs().max() < 1e-6)
+    damaged("h^2 for h^4", h != 1 and (curl(V, z) - swirl * h**2).abs().max() < 1e-6)
     log_C, _ = parts(*CROSS, half, half, h, z)
     assert (log_C.exp() - C).abs().max() < 1e-13
     if h != 1.0:
@@ -175,6 +188,10 @@ def test_thm_cross_curl(h):
 
 @pytest.mark.parametrize(("seed", "eps"), [(0, 0.3), (1, 1.0), (2, 3.0)])
 def test_thm_loop_work(seed, eps):
+    """Trapezoidal sums on circles against integrals over discs.
+
+    Checked by: quadrature, closed form.
+    """
     # Stokes on the cross, by Gauss-Legendre in the radius; small circles; the lap of the chapter.
     proxy = fields.SinkhornProxy(1.0)
     nodes, w = (torch.from_numpy(t) for t in leggauss(24))
@@ -193,6 +210,11 @@ def test_thm_loop_work(seed, eps):
     two_terms = [math.pi * r**2 * float(swirl(c[None])) + math.pi * r**4 / 8 * float(laplacian) for r in (0.2, 0.1)]
     remainder = [work(proxy, *CROSS, c, r) - two for r, two in zip((0.2, 0.1), two_terms, strict=True)]
     assert remainder[0] / remainder[1] == pytest.approx(64, rel=0.1)
+    one_term = [work(proxy, *CROSS, c, r) - math.pi * r**2 * float(swirl(c[None])) for r in (0.2, 0.1)]
+    damaged("one term leaves a remainder of sixth order", one_term[0] / one_term[1] > 32)
+    # A hole in the disc: no curl where the field is defined, and a full turn for a lap.
+    around = RING.flip(1) * torch.tensor([-1.0, 1.0])
+    damaged("a field defined off the centre only pays nothing without curl", abs((around * ALONG).sum()) < 1e-6)
     # Random clouds: the one-shot field works, the Sinkhorn field does not, converged or not; nor do smoothed scores.
     x, y, a, b, _ = problem(seed, n=7, m=9)
     assert abs(work(fields.SinkhornProxy(eps), x, y, (0.3, 0.2), 1.0, a, b)) > 1e-3
@@ -207,6 +229,10 @@ def test_thm_loop_work(seed, eps):
 
 @pytest.mark.parametrize(("A", "B", "h"), [((1.5, 0.5), (1.0, 1.0), 1.2), ((0.4, 0.9), (0.7, 0.3), 1.0)])
 def test_thm_gaussian_curl(A, B, h):
+    """The library's field on quadrature nodes of the two laws.
+
+    Checked by: quadrature.
+    """
     line, mass = map(torch.from_numpy, hermegauss(20))
     nodes, mass = torch.cartesian_prod(line, line), torch.outer(mass, mass).reshape(-1)
     mass = mass / mass.sum()
@@ -228,6 +254,10 @@ def test_thm_gaussian_curl(A, B, h):
     swirl = -C * (G[0] * S[1] - G[1] * S[0]) * z.prod(1)
     assert (curl(V, z) - swirl).abs().max() < 1e-4 * swirl.abs().max() + 1e-6
     assert swirl.abs().max() > 1e-3
+    plain = G + (1 / (A + h * h) + 1 / (B + h * h)) / 2
+    wrong = -C * (plain[0] * S[1] - plain[1] * S[0]) * z.prod(1)
+    damaged("G without the plain kernel means", (curl(V, z) - wrong).abs().max() < 1e-2 * swirl.abs().max())
+    damaged("any two Gaussians have no curl", curl(V, z).abs().max() < 1e-3)
     assert curl(lambda t: V(t, A=0 * A + 0.8, B=0 * B + 0.5), z).abs().max() < 1e-6
 
 
@@ -236,6 +266,10 @@ def test_thm_gaussian_curl(A, B, h):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_thm_tangent_projection(seed):
+    """Orthogonality to gradients of polynomials; the exact Gaussian velocity.
+
+    Checked by: quadrature, closed form.
+    """
     g = torch.Generator().manual_seed(seed)
     root = torch.randn(2, 2, 2, generator=g, dtype=F64)
     A, B = root @ root.mT + 0.3 * torch.eye(2, dtype=F64)
@@ -248,6 +282,14 @@ def test_thm_tangent_projection(seed):
     projected = axes @ (right / (values[:, None] + values)) @ axes.T
     assert (projected - projected.T).abs().max() < 1e-12
     assert (projected - K).abs().max() < 1e-10 and (L - K).abs().max() > 1e-2
+    damaged("K is the symmetric part of L", ((L + L.T) / 2 - K).abs().max() < 1e-4)
+    # A singular covariance: every symmetric K with the right values on the line solves it, and they agree there.
+    flat, e = torch.diag(torch.tensor([1.0, 0.0], dtype=F64)), torch.eye(2, dtype=F64)
+    solutions = [torch.diag(torch.tensor([L[0, 0], k], dtype=F64)) for k in (0.0, 5.0)]
+    other = torch.diag(torch.tensor([L[0, 0], 0.0], dtype=F64))
+    assert all(torch.equal(U @ flat + flat @ U, other @ flat + flat @ other) for U in solutions)
+    damaged("a singular covariance determines K", torch.equal(*solutions))
+    assert torch.equal(solutions[0] @ e[0], solutions[1] @ e[0])
     # The same from the velocity as a function, at finitely many points.
     v = closed_forms.gaussian_velocity(torch.zeros(2, dtype=F64), A, torch.zeros(2, dtype=F64), B, eps)
     points = torch.randn(5, 2, generator=g, dtype=F64)
@@ -275,12 +317,19 @@ def test_thm_tangent_projection(seed):
 
 # thm-second-variation -------------------------------------------------------------------
 
+
+def squared_mmd(x, y, a, b, h):
+    """From its definition, all pairs."""
+    z, w = torch.cat([x, y]), torch.cat([a, -b])
+    return w @ kernel_mean(z, z, w, h)
+
+
 GRADIENTS = {
     "sinkhorn": (
         fields.Sinkhorn(0.8, tol=1e-12),
         lambda x, y, a, b: nl.sinkhorn_divergence(x, y, 0.8, a, b, tol=1e-12),
     ),
-    "mmd": (fields.MMD(1.1), None),
+    "mmd": (fields.MMD(1.1), lambda x, y, a, b: squared_mmd(x, y, a, b, 1.1)),
     "laplace": (fields.MMD(1.1, "laplace"), None),
     "drmmd": (fields.DrMMD(0.1, 1.1), None),
     "kale": (fields.KALE(0.1, 1.1, tol=1e-16), None),
@@ -292,6 +341,10 @@ GRADIENTS = {
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("d", [1, 2])
 def test_thm_second_variation(name, d):
+    """Jacobians by differences; slopes of the functionals' values by differences.
+
+    Checked by: finite differences, definition.
+    """
     v, F = GRADIENTS[name]
     x, y, a, b, g = problem(d, d=d, n=4, m=5)
     J = jacobian(v, x, y, a, b)
@@ -299,6 +352,13 @@ def test_thm_second_variation(name, d):
     # Not by being blind: with other weights the same matrix is not symmetric (where particles see one another).
     if name in ("sinkhorn", "mmd", "laplace", "drmmd", "kale"):
         assert asymmetry(J, a.flip(0)) > 1e-3
+        damaged("the matrix of the velocities is symmetric without the weights", asymmetry(J, a * 0 + 1) < 1e-4)
+
+    def pulled(x, y, at=None, a=None, b=None, generator=None):
+        return -(1 + a @ (x - a @ x).square().sum(1)) * x  # half the second moment falls along it
+
+    assert float(a @ (x * pulled(x, y, a=a)).sum(1)) < 0
+    damaged("a field along which a functional falls is symmetric", asymmetry(jacobian(pulled, x, y, a, b), a) < 1e-3)
     # Part 2's potential is the functional, up to a constant.
     if F is None:
         return
@@ -326,6 +386,10 @@ def test_thm_second_variation(name, d):
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize(("h", "left"), [(1.0, 0.8), (0.6, 0.3), (1.5, 0.45)])
 def test_thm_kl_field_not_a_gradient(d, h, left):
+    """Jacobians of the field by differences against the formula for two particles.
+
+    Checked by: finite differences, closed form.
+    """
     v = fields.ScoreDifference(h)
     x, y, a, b, g = problem(d, d=d, n=2, m=4)
     a1, a2 = left, 1 - left
@@ -338,6 +402,9 @@ def test_thm_kl_field_not_a_gradient(d, h, left):
     gap = float(e @ (H[:d, d:] - H[d:, :d].T) @ e)
     formula = -a1 * a2 * kappa * (1 / Q1 - 1 / Q2 - D**2 / h**2 * (a1 / Q1**2 - a2 / Q2**2))
     assert gap == pytest.approx(formula, abs=1e-9) and abs(formula) > 1e-6
+    damaged("the Jacobian of two unequal particles is symmetric", abs(gap) < 1e-7)
+    one_pull = -a1 * a2 * kappa * (1 / Q1 - 1 / Q2)
+    damaged("the asymmetry without its second bracket", abs(gap - one_pull) < 1e-3 * abs(gap))
     # The pair pushes itself: data a single point, whose pull is y - x.
     alone = v(x, y[:1], a=a)
     force = a @ alone - (y[0] - a @ x)

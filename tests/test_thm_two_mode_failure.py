@@ -10,6 +10,7 @@ import math
 import mpmath as mp
 import pytest
 import torch
+from conftest import damaged, sharp
 
 import nsgf_lite as nl
 from nsgf_lite.closed_forms import two_atom_mass, two_atom_velocity
@@ -109,6 +110,10 @@ def check_one_shot(field, make, alpha, beta, steps, squares):
         rho = -truth / size - 1 + kappa * steps
         assert 0 <= rho <= kappa**2 * (steps**2 + squares) / 2
         assert abs(truth) <= size
+        if decade == DECADES[-1]:
+            sharp(float(rho / kappa**2), float((steps**2 + squares) / 2), 0.999)
+            damaged("the remainder's constant halved", rho <= kappa**2 * (steps**2 + squares) / 4)
+            damaged("kappa without the one half in the cost", abs(truth) <= size * kappa)
         for k in (1, 2):
             series = -size * (1 - kappa * steps if k == 2 else 1)
             assert abs(two_atom_velocity(field, alpha, beta, D, h, order=k) / series - 1) < 1e-12
@@ -129,6 +134,10 @@ def check_one_shot(field, make, alpha, beta, steps, squares):
 
 @each_masses
 def test_thm_two_modes_scores(alpha, beta):
+    """Sums over the atoms at 110 digits; then the library's field.
+
+    Checked by: exact arithmetic, definition.
+    """
     u, w = mp.mpf(alpha) / (1 - mp.mpf(alpha)), mp.mpf(beta) / (1 - mp.mpf(beta))
     check_one_shot("scores", nl.fields.ScoreDifference, alpha, beta, u + w, u**2 + w**2)
 
@@ -138,6 +147,10 @@ def test_thm_two_modes_scores(alpha, beta):
 
 @each_masses
 def test_thm_two_modes_proxy(alpha, beta):
+    """Sums over the atoms at 110 digits; then the library's field.
+
+    Checked by: exact arithmetic, definition.
+    """
     u, w = mp.mpf(alpha) / (1 - mp.mpf(alpha)), mp.mpf(beta) / (1 - mp.mpf(beta))
     check_one_shot(
         "proxy",
@@ -152,6 +165,8 @@ def test_thm_two_modes_proxy(alpha, beta):
         both = [two_atom_velocity(name, alpha, beta, 1.0, 1 / ratio) for name in ("proxy", "scores")]
         known = math.sqrt((1 - alpha + alpha * kappa) / (beta + (1 - beta) * kappa))
         assert both[0] / both[1] == pytest.approx(known, rel=1e-12)
+        if ratio < 1 and alpha + beta != 1:
+            damaged("the ratio is that of the limit at every kappa", abs(known**2 * beta / (1 - alpha) - 1) < 1e-3)
 
 
 # thm-two-modes-wasserstein --------------------------------------------------------------
@@ -159,14 +174,18 @@ def test_thm_two_modes_proxy(alpha, beta):
 
 @each_masses
 def test_thm_two_modes_wasserstein(alpha, beta):
+    """The plan of a linear program, on atoms and on heaps.
+
+    Checked by: linear program, simulation.
+    """
     D, exact = 2.3, -2.3 * (alpha - beta) / (1 - beta)
     assert two_atom_velocity("wasserstein", alpha, beta, D, 0.1) == pytest.approx(exact, rel=1e-14)
     for d in (1, 2, 3):
         assert library(nl.fields.Wasserstein(), alpha, beta, D, d, seed=d) == pytest.approx(exact, rel=1e-12)
-        # Clusters of any shapes, of radius r: D > (2 + 2 sqrt 2) r.
+        # Clusters of any shapes, of radius r: D > 2 sqrt 2 r.
         generator = torch.Generator().manual_seed(d)
         ends, e = atoms(D, d, generator)
-        r = 0.99 * D / (2 + 2 * math.sqrt(2))
+        r = 0.99 * D / (2 * math.sqrt(2))
 
         def cluster(n, centre, chance=generator, d=d, r=r):
             way = torch.randn(n, d, generator=chance, dtype=F64)
@@ -184,6 +203,20 @@ def test_thm_two_modes_wasserstein(alpha, beta):
         assert float(P[:5, 9:].sum()) == pytest.approx(0, abs=1e-12)
         mean = a[5:] @ nl.fields.Wasserstein()(x, y, a=a, b=b)[5:] / (1 - beta)
         assert (mean - exact * e).norm() <= 2 * r
+    # Both constants bite: goals shifted by 2r; and pairs that enclose more than a right angle, which do cross.
+    r, axis = 0.2 * D, torch.tensor([1.0, 0.0], dtype=F64)
+    places = tensor([[-D / 2, 0], [D / 2 + r, 0]]), tensor([[-D / 2 - r, 0], [D / 2 - r, 0]])
+    mean = nl.fields.Wasserstein()(*places, a=tensor([beta, 1 - beta]), b=tensor([alpha, 1 - alpha]))[1] @ axis
+    sharp(abs(float(mean) - exact), 2 * r, 0.999)
+    damaged("the mean within r", abs(float(mean) - exact) <= r)
+    r = D / 2.75
+    turn = 2 * r * math.sqrt(1 - (2 * r / D) ** 2)  # the tangent from the origin to the ball of radius 2r about De
+    shift = tensor([-((2 * r) ** 2) / D / 2, turn / 2]), tensor([-((2 * r) ** 2) / D / 2, -turn / 2])
+    ends = tensor([[-D / 2, 0], [D / 2, 0]])
+    x, y = (torch.stack([ends[0] - t, ends[1] + t]) for t in shift)
+    assert max(float((z - ends).norm(dim=1).max()) for z in (x, y)) <= r * (1 + 1e-9)
+    crossing = nl.fields.exact_plan(x, y, tensor([beta, 1 - beta]), tensor([alpha, 1 - alpha]))
+    damaged("D > 2.74 r is enough", float(crossing[0, 1]) < 1e-12)
     # At once: a particle on its way to the other mode has half of the way behind it at time log 2.
     x, y = tensor([[-1.0], [0.9], [1.0], [1.1]]), tensor([[-1.0], [-1.0], [1.0], [1.0]])
     path = nl.follow(nl.fields.Wasserstein(), x, y, math.log(2) / 8, 8, method="rk4")
@@ -195,6 +228,10 @@ def test_thm_two_modes_wasserstein(alpha, beta):
 
 @each_masses
 def test_thm_two_modes_sinkhorn(alpha, beta):
+    """The plan's quadratic at 110 digits; then the library's field.
+
+    Checked by: exact arithmetic.
+    """
     D, gap, kappas, first, second = 2.3, mp.mpf(alpha) - mp.mpf(beta), [], [], []
     spread = mp.sqrt(mp.mpf(beta) * (1 - mp.mpf(beta)))
     for decade in DECADES:
@@ -205,6 +242,11 @@ def test_thm_two_modes_sinkhorn(alpha, beta):
         rho = scaled - gap + kappa * spread
         assert 0 <= rho <= kappa**2 * (mp.mpf(1) / 2 + mp.mpf(beta) * (1 - mp.mpf(alpha)) / gap)
         assert truth < 0
+        if decade == DECADES[-1]:
+            constant = mp.mpf(1) / 2 + mp.mpf(beta) * (1 - mp.mpf(alpha)) / gap
+            sharp(float(rho / kappa**2), float(constant), 0.999)
+            damaged("the remainder without the cross plan's part", rho <= kappa**2 / 2)
+            damaged("no term of first order", abs(scaled - gap) <= kappa**2 * constant)
         # The closed form of the mass that the self plan sends, and its bounds.
         s = 2 * kappa * spread**2 / (kappa + mp.sqrt(kappa**2 + 4 * (1 - kappa**2) * spread**2))
         assert abs(two_atom_mass(beta, beta, D, h * h).item() / s - 1) < 1e-13
@@ -232,6 +274,10 @@ def test_thm_two_modes_sinkhorn(alpha, beta):
 @pytest.mark.parametrize("seed", range(4))
 @each_masses
 def test_thm_mass_blindness(alpha, beta, seed):
+    """Fields on random heaps; MMD's from its kernel sums.
+
+    Checked by: definition.
+    """
     generator = torch.Generator().manual_seed(seed)
     D, d, h = 2.0, 1 + seed % 3, [0.3, 0.45, 0.7, 1.0][seed]
     r = [0.0, 0.1, 0.2, 0.3][seed]
@@ -259,6 +305,8 @@ def test_thm_mass_blindness(alpha, beta, seed):
         assert float(v.norm(dim=1).max()) <= bound + 1e-14
         assert (v @ e < 1e-14).all()
         if r == 0:
+            sharp(float(v.norm(dim=1).max()), bound * (1 + 1e-6), 0.999)
+            damaged("nine tenths of the bound", float(v.norm(dim=1).max()) <= 0.9 * bound)
             exact = two_atom_velocity("scores" if "Score" in repr(make) else "proxy", alpha, beta, D, h)
             assert (v - exact * e).norm(dim=1).max() < 1e-13
 
@@ -288,6 +336,10 @@ FORMATS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float6
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_thm_float32_horizon(dtype):
+    """Additions in the format itself.
+
+    Checked by: exact arithmetic, simulation.
+    """
     digits = FORMATS[dtype]
     assert torch.finfo(dtype).eps == 2.0 ** (1 - digits)
     # Steps that are lost, at places of every mantissa; and one that is not, where the bound is sharp.
@@ -296,13 +348,20 @@ def test_thm_float32_horizon(dtype):
     x[0] = 1.0
     step = (x.double() * 2.0 ** (-digits - 2) * 0.999).to(dtype)
     assert torch.equal(x - step, x) and torch.equal(x + step, x)
-    assert x[0] - torch.tensor(2.0 ** (-digits - 1) * 1.01, dtype=dtype) < x[0]
+    least = torch.tensor(2.0 ** (-digits - 1) * 1.01, dtype=dtype)
+    assert x[0] - least < x[0]
+    sharp(2.0 ** (-digits - 2), float(least), 0.49)  # within a factor two of the least step that is not lost
+    damaged("twice the step is lost, too", x[0] - least == x[0])
     if dtype in (torch.bfloat16, torch.float16):
         return
     for (alpha, beta), eta in zip(MASSES, (1.0, 0.5, 1.0, 0.2), strict=True):
         c = {
             "scores": (alpha - beta) / ((1 - alpha) * (1 - beta)),
             "proxy": (alpha - beta) / ((1 - beta) * math.sqrt(beta * (1 - alpha))),
+        }
+        mirrored = {
+            "scores": (alpha - beta) / (alpha * beta),
+            "proxy": (alpha - beta) / (beta * math.sqrt((1 - beta) * alpha)),
         }
         fields = {"scores": lambda h: nl.fields.ScoreDifference(h), "proxy": lambda h: nl.fields.SinkhornProxy(h * h)}
         for name, make in fields.items():
@@ -312,6 +371,11 @@ def test_thm_float32_horizon(dtype):
             far = math.sqrt(2 * math.log(2.0 ** (digits + 3) * eta * c[name])) * (1 + 1e-6)
             v = two_atom_velocity(name, alpha, beta, D, D / far)
             assert v != 0 and edge[1] + eta * v == edge[1], "a step by the exact velocity is lost"
+            # The left atom is the right one of the mirrored problem, with a constant of its own.
+            largest = max(c[name], mirrored[name])
+            away = math.sqrt(2 * math.log(2.0 ** (digits + 3) * eta * largest)) * (1 + 1e-6)
+            left = -two_atom_velocity(name, 1 - alpha, 1 - beta, D, D / away)
+            assert left != 0 and edge[0] + eta * left == edge[0], "so is the left one's"
             blind = math.sqrt(2 * math.log(2.0 ** (digits + 2) * alpha / (1 - alpha)))
             further = max(far, blind) + 0.15
             path = nl.follow(make(D / further), edge, edge.clone(), eta, 5, a=a, b=b)
@@ -333,6 +397,10 @@ def test_thm_float32_horizon(dtype):
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("eps", [0.2, 1.0])
 def test_thm_soft_threshold(eps, d):
+    """The threshold by bisection of the marginal.
+
+    Checked by: brute force.
+    """
     generator = torch.Generator().manual_seed(d)
     D, alpha = 1.6, 0.35
     ends, e = atoms(D, d, generator)
@@ -356,6 +424,11 @@ def test_thm_soft_threshold(eps, d):
     known = (D**2 / eps * tau * (1 - tau))[:, None, None] * torch.outer(e, e)
     assert (slopes - known).abs().max() < 1e-7
     assert torch.linalg.eigvalsh((slopes + slopes.mT) / 2).max() <= D**2 / (4 * eps) + 1e-7
+    there = (middle + theta * e)[None]
+    steepest = e @ torch.autograd.functional.jacobian(lambda z: T(z).sum(0), there)[:, 0] @ e
+    sharp(steepest, D**2 / (4 * eps) * (1 + 1e-7), 0.999)
+    damaged("an eighth for the quarter", steepest <= D**2 / (8 * eps))
+    damaged("the threshold at the middle", abs(float(a @ share(x, 0.0)) - alpha) < 1e-3)
 
 
 # thm-cluster-split ----------------------------------------------------------------------
@@ -380,6 +453,10 @@ def split_rate(name, alpha, beta, D, h):
 @pytest.mark.parametrize("name", ["scores", "proxy", "sinkhorn", "mmd", "floor"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.4), (0.97, 0.3)])
 def test_thm_cluster_split(name, alpha, beta):
+    """Derivatives of the fields, automatic or by differences, and heaps that shrink.
+
+    Checked by: finite differences, definition.
+    """
     D, h, d = 2.0, 1.1, 2
     generator = torch.Generator().manual_seed(5)
     ends, e = atoms(D, d, generator)
@@ -416,6 +493,8 @@ def test_thm_cluster_split(name, alpha, beta):
         across = 2 * (alpha - beta) / h**2 * (1 - math.exp(-(D**2) / (2 * h * h)))
         known = known + across * (torch.eye(d, dtype=F64) - axis)
     assert (slope - known).abs().max() < accuracy * (1 + abs(rate))
+    damaged("the rate without D/h^2", abs(float(e @ slope @ e) - rate * h**2 / D) < 1e-3 * abs(rate))
+    damaged("the same in every direction", (slope - rate * torch.eye(d, dtype=F64)).abs().max() < 1e-3 * abs(rate))
     # Particles of a small cluster move apart at that rate, and the size of what is left over is of second order.
     shape = torch.randn(4, d, generator=generator, dtype=F64)
     w = torch.softmax(torch.randn(4, generator=generator, dtype=F64), 0) * (1 - beta)
@@ -445,6 +524,10 @@ def affinities(alpha, beta, kappa, N, M):
 @pytest.mark.parametrize(("N", "M"), [(50, 50), (20, 40), (40, 20), (500, 500), (2000, 2000)])
 @pytest.mark.parametrize("distance", ["squared", "euclidean"])
 def test_thm_affinity_floor(distance, N, M):
+    """Algorithm 2 on points that sit on two atoms, against the closed form.
+
+    Checked by: closed form.
+    """
     D, alpha, beta, delta = 2.0, 0.7, 0.4, 1e-3
     rows = min(N, 100), min(M, 100)  # beyond a hundred: each point for several, the floor as many times higher
     times = N // rows[0]
@@ -472,6 +555,10 @@ def test_thm_affinity_floor(distance, N, M):
                 share = kappa * ((alpha + beta) / (2 - alpha - beta) + beta / (1 - beta)) / 2
                 assert 0 <= float(v[-1]) / limit - 1 + share + 1e-12
                 assert float(v[-1]) / limit - 1 <= 1e-12
+                sharp(float(v[-1]) / limit, 1.0)
+                if share > 1e-6:
+                    damaged("half of the first-order term", float(v[-1]) / limit - 1 + share / 2 >= 0)
+                damaged("the same at every batch size", abs(float(v[-1]) / limit * N / 50 - 1) < 0.1 and N != 50)
                 if distance == "squared" and N in (50, 500) and tau == 0.02:
                     assert round(float(v[-1]), 3) == {50: -0.041, 500: -0.408}[N]
     if N == 2000:  # everything floored: the same for all particles, towards the data's mean
@@ -485,6 +572,10 @@ def test_thm_affinity_floor(distance, N, M):
 @pytest.mark.parametrize("phi", [0.03, 0.2, 0.6])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.4), (0.6, 0.5)])
 def test_thm_floor_rest(phi, alpha, beta):
+    """Velocities of the floored field at many places, and where an atom ends.
+
+    Checked by: closed form, simulation.
+    """
     D, h = 2.0, 0.125
     a, b, y = tensor([beta, 1 - beta]), tensor([alpha, 1 - alpha]), tensor([[-D / 2], [D / 2]])
 
@@ -514,6 +605,7 @@ def test_thm_floor_rest(phi, alpha, beta):
     rest = mean + beta * phi * (mean + D / 2)
     for z in (rest, rest + 0.1, rest - 0.1):
         assert float(speed(z, 0.05)) == pytest.approx(phi * (rest - z), rel=1e-9, abs=1e-12)
+    damaged("at rest at the data's mean itself", abs(float(speed(mean, 0.05))) < 1e-3 * phi)
     # What the atom does: caught near the mode below the threshold, at rest between the modes above it.
     grid = torch.linspace(0.001, 0.5, 400, dtype=F64)
     omega = torch.exp(-grid.square() / (4 * h * h))

@@ -8,7 +8,9 @@ import math
 
 import pytest
 import torch
+from conftest import damaged, sharp
 from scipy.integrate import quad
+from scipy.linalg import solve_sylvester, sqrtm
 
 import nsgf_lite as nl
 from nsgf_lite.closed_forms import (
@@ -17,6 +19,7 @@ from nsgf_lite.closed_forms import (
     gaussian_ot,
     gaussian_w2,
     handover_constant,
+    ou_moments,
     segment_law,
     segment_time,
     segment_velocity,
@@ -65,6 +68,10 @@ def affine(velocity, m, begin, **options):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_thm_straight_flow(seed):
+    """Conditional means of joint Gaussians, the flow by Runge and Kutta, V by quadrature, regression by sampling.
+
+    Checked by: definition, quadrature, simulation.
+    """
     start, end, generator = two_laws(seed)
     (m, S), (goal, B) = start, end
     x = torch.randn(5, 2, generator=generator, dtype=F64)
@@ -91,7 +98,17 @@ def test_thm_straight_flow(seed):
     spent = (end_mean - m).square().sum() + (bend @ S @ bend.T).trace()
     assert V > 0.1 and spent < cost - V - 1e-4
     middle, half = affine(velocity, m, 0.0, end=0.5)
-    assert (half - (torch.eye(2, dtype=F64) + L) / 2).abs().max() > 1e-2
+    damaged("the flow of independent pairs is straight", (half - (torch.eye(2, dtype=F64) + L) / 2).abs().max() < 1e-2)
+    damaged("u with the sum of both covariances for their difference", _sum_field(velocity, 0.4, start, end, x) < 1e-2)
+    # 4 is nearly an equality between a wide law and a narrow one, and with 2 V for V it would be false.
+    one = (
+        (torch.zeros(1, dtype=F64), torch.eye(1, dtype=F64)),
+        (torch.zeros(1, dtype=F64), 0.01 * torch.eye(1, dtype=F64)),
+    )
+    V = quad(lambda t: float(_conditional(*joint(t, *one))), 0, 1)[0]
+    _, slope = affine(lambda t: segment_velocity(t, *one[0], *one[1]), one[0][0], 0.0, steps=400)
+    sharp((float(slope) - 1) ** 2, 1.01 - V, at_least=0.9)
+    damaged("4 with 2 V", (float(slope) - 1) ** 2 <= 1.01 - 2 * V)
     # Matched optimally the segments do not cross: V = 0, and the flow of u is straight.
     T = gaussian_map(S, B, 1e-9)
     assert (T @ S @ T - B).abs().max() < 1e-6
@@ -125,6 +142,13 @@ def test_thm_straight_flow(seed):
     )
 
 
+def _sum_field(velocity, t, start, end, x):
+    """How far u is from the field with tB + (1-t)S in place of tB - (1-t)S."""
+    mean, C = joint(t, start, end)
+    wrong = mean[2:] + (x - mean[:2]) @ torch.linalg.solve(C[:2, :2], t * end[1] + (1 - t) * start[1])
+    return (velocity(t)(x) - wrong).abs().max()
+
+
 def _conditional(mean, C):
     """Covariance of the second half of a joint Gaussian given the first."""
     d = len(mean) // 2
@@ -148,6 +172,10 @@ def clock_error(d, s, D=0.0, draws=300, seed=0):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_thm_time_predictor(d):
+    """Bayes' rule with the densities on a grid of times; the bounds by averages over x.
+
+    Checked by: quadrature, simulation.
+    """
     # 1: against the densities on a grid.
     start, end, generator = two_laws(d, d)
     x = torch.randn(6, d, generator=generator, dtype=F64)
@@ -169,14 +197,32 @@ def test_thm_time_predictor(d):
     # 3 and 4: the two bounds, and the limit.
     squared, spread = clock_error(d, 1.0, 8.0)
     assert squared < 2 / (3 * 64) and spread < 2 / (3 * 64)
+    sharp(spread, 2 / (3 * 64), at_least=0.7)
+    damaged("3 with a third of the bound", spread <= 2 / (9 * 64))
     for s in (0.5, 2.0):
         r = min(1, s * s) / (1 + s * s)
         assert clock_error(d, s)[1] > 2 * r**3 / 3
+    # 4 is attained at s = 1, where the bound is 1/12; with twice the constant it is false there.
+    blind = clock_error(d, 1.0)[0]
+    sharp(1 / 12, blind * (1 + 1e-4), at_least=0.999)
+    damaged("4 with twice the constant", blind >= 2 / 12)
+    damaged("the clock sees in any case", blind < 0.08)
+    damaged("without the determinant", _bare_gap() < 0.01)
     if d == 3:
         series = [clock_error(k, 2.0)[1] for k in (1, 8, 128)]
         assert series[0] > series[1] > series[2] and series[2] < 0.016
         assert abs(clock_error(512, 2.0, draws=100)[1] - 2 * 0.2**3 / 3) < 0.004
         assert abs(clock_error(64, 1.0)[1] - 1 / 12) < 0.01
+
+
+def _bare_gap(s=0.5, x=0.2):
+    """Distance of the best guess at x from the one that leaves the width out of the density."""
+    t = (torch.arange(4_000, dtype=F64) + 0.5) / 4_000
+    w = (1 - t) ** 2 + t**2 * s**2
+    bare = torch.exp(-(x**2) / (2 * w))
+    return abs(
+        float((bare * t).sum() / bare.sum() - segment_time(torch.tensor([[x]], dtype=F64), 0.0, 1.0, 0.0, s**2)[0])
+    )
 
 
 # thm-handover ---------------------------------------------------------------------------
@@ -197,6 +243,10 @@ def mixture(t, centres, sigma):
 
 @pytest.mark.parametrize(("tau", "sigma"), [(0.2, 0.8), (0.5, 0.5)])
 def test_thm_handover(tau, sigma):
+    """The constant by quadrature of the largest slope; flows of mixtures and Gaussians by Runge and Kutta.
+
+    Checked by: quadrature, simulation.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def rate(t, R):
@@ -216,6 +266,28 @@ def test_thm_handover(tau, sigma):
     rho = mean + 0.4, covariance(generator)
     found = gaussian_w2(m + rho[0] @ L, L.T @ rho[1] @ L, *laws[1])
     assert abs(found / gaussian_w2(*rho, mean, C) / handover_constant(tau, sigma, 0.0) - 1) < 1e-5
+    sharp(found * (1 - 1e-5), handover_constant(tau, sigma, 0.0) * gaussian_w2(*rho, mean, C), at_least=0.999)
+    damaged(
+        "the stretching of another time",
+        abs(found / gaussian_w2(*rho, mean, C) / handover_constant(0.9, sigma, 0.0) - 1) < 1e-2,
+    )
+    # 3, for a Gaussian target and a field that is off by a constant: attained.
+    push = torch.tensor([0.3, 0.1], dtype=F64)
+    spoiled, _ = affine(lambda t: lambda x: segment_velocity(t, *laws[0], *laws[1])(x) + push, mean, tau)
+    budget = quad(lambda t: handover_constant(t, sigma, 0.0), tau, 1)[0] * float(push.norm())
+    sharp((spoiled - goal).norm() * (1 - 1e-6), budget, at_least=0.999)
+    damaged("3 without H", (spoiled - goal).norm() <= (1 - tau) * float(push.norm()))
+    # 4, for a Gaussian target and laws that are displaced so that both end displaced by the same vector: attained.
+    times, away = (tau, 0.9), torch.tensor([0.0, 0.7], dtype=F64)
+    ends = []
+    for t in times:
+        own_mean, _ = segment_law(t, *laws[0], *laws[1])
+        moved, _ = affine(
+            lambda r: segment_velocity(r, *laws[0], *laws[1]), own_mean + away / handover_constant(t, sigma, 0.0), t
+        )
+        ends.append(moved)
+    assert (ends[0] - ends[1]).abs().max() < 1e-6
+    sharp((ends[0] - goal).norm() * (1 - 1e-6), away.norm(), at_least=0.999)
     # 2: no pair of points is stretched by more than H for a mixture in the unit disc, and a good part of H is used.
     centres = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=F64)
     w = (1 - tau) ** 2 + tau**2 * sigma**2
@@ -225,6 +297,8 @@ def test_thm_handover(tau, sigma):
     H = handover_constant(tau, sigma, 1.0)
     ratio = torch.pdist(torch.cat(ends)) / torch.pdist(torch.cat([z, other]))
     assert 0.25 * H < ratio.max() < H
+    if sigma == 0.5:
+        damaged("the Gaussian's H for the mixture's", ratio.max() < handover_constant(tau, sigma, 0.0))
     assert nl.metrics.w2(*ends) < H * nl.metrics.w2(z, other)
     # 3: a field that is off by a constant vector.
     off = torch.tensor([0.3, 0.1], dtype=F64)
@@ -239,7 +313,8 @@ def test_thm_handover(tau, sigma):
         wT = ((1 - T) ** 2 + T**2 * sigma**2).sqrt()[:, None]
         y = goal + sigma / wT * (x - T[:, None] * goal)
         worst.append(float((y.T.cov() / sigma**2 - I).abs().max()))
-    assert worst[0] > 0.2 and worst[1] < 0.1
+    damaged("the best guess for each particle gives the right law", worst[0] < 0.2)
+    assert worst[1] < 0.1
 
 
 # thm-two-curves -------------------------------------------------------------------------
@@ -258,6 +333,10 @@ class Exact(torch.nn.Module):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_thm_two_curves(seed):
+    """The closed flow against Gaussian laws of the segments; the sampler with networks that know.
+
+    Checked by: closed form, simulation.
+    """
     (m, S), (goal, B), generator = two_laws(10 + seed)
     D, times = goal - m, [0.3, 1.0, 2.0]
     # W_2 of Gaussians is the limit of the entropic cost, without its one half.
@@ -282,7 +361,24 @@ def test_thm_two_curves(seed):
                 near.append(gaussian_w2(mean, Sigma, *segment_law(tau, m, S, goal, S)) ** 2)
                 assert abs(near[-1] - claim) < 1e-9
             assert 0 < min(near) < (1 - 0.5**0.5) ** 2 * S.trace()
+            assert min(near) <= (min(math.exp(-t), 1 - math.exp(-t)) * D.norm()) ** 2 + 1e-9
+    # The bound on the least is attained at t = log 2 and far centres; the mismatch at 1 - exp(-t) grows with the
+    # dimension, that of the nearest law does not.
+    grid = torch.linspace(0, 1, 201, dtype=F64)
+    far = torch.tensor([1e3, 0.0], dtype=F64)
+    best = min(gaussian_w2(far / 2, S, *segment_law(float(t), 0 * far, S, far, S)) ** 2 for t in grid)
+    sharp(best, (1 - 0.5**0.5) ** 2 * S.trace(), at_least=0.99)
+    damaged("half of it", best <= 0.5 * (1 - 0.5**0.5) ** 2 * S.trace())
+    by_dimension = []
+    for d in (2, 200):
+        I, one = torch.eye(d, dtype=F64), torch.eye(d, dtype=F64)[0]
+        gaps = [float(gaussian_w2(one / 2, I, *segment_law(float(t), 0 * one, I, one, I))) for t in grid[::10]]
+        by_dimension.append((gaps[10], min(gaps)))
+    assert by_dimension[1][0] / by_dimension[0][0] == pytest.approx(10, rel=1e-9)
+    damaged("the nearest law's mismatch grows like the root of d", by_dimension[1][1] > 5 * by_dimension[0][1])
+    assert by_dimension[1][1] <= 0.5 + 1e-12
     # 3: matched pairs at 1 - exp(-t): second order in eps.
+    damaged("the curves meet on the way", min(near) < 1e-6)
     T, I = gaussian_map(S, B, 1e-10), torch.eye(2, dtype=F64)
     gaps = []
     for eps in (0.04, 0.02):
@@ -306,3 +402,131 @@ def test_thm_two_curves(seed):
     end = model.sample(9, 100, "rk4", start=start)
     assert (end - shift - start * handover_constant(tau, 1.0, 0.0)).abs().max() < 1e-3
     assert handover_constant(tau, 1.0, 0.0) > 1.2
+
+
+# thm-flow-matching-gaussians ------------------------------------------------------------
+
+
+def descent(F, mean, C, h=1e-4):
+    """Drift and slope of minus the Wasserstein gradient of F at N(mean, C), by differences."""
+    d = len(mean)
+    I = torch.eye(d, dtype=F64)
+    drift = torch.stack([-(F(mean + h * e, C) - F(mean - h * e, C)) / (2 * h) for e in I])
+    slope = torch.zeros(d, d, dtype=F64)
+    for i in range(d):
+        for j in range(d):
+            E = (torch.outer(I[i], I[j]) + torch.outer(I[j], I[i])) / 2
+            slope[i, j] = -2 * (F(mean, C + h * E) - F(mean, C - h * E)) / (2 * h)
+    return drift, slope
+
+
+def half_square(goal, B):
+    """W_2^2 / 2 to N(goal, B), by SciPy's matrix root."""
+    R = torch.from_numpy(sqrtm(B.numpy()).real)
+
+    def F(mean, C):
+        cross = torch.linalg.eigvalsh(R @ C @ R).sqrt().sum()
+        return ((mean - goal).square().sum() + C.trace() + B.trace()) / 2 - cross
+
+    return F
+
+
+def field(t, start, end, mean):
+    """Drift and slope of the library's straight velocity at the mean."""
+    u, I = segment_velocity(t, *start, *end), torch.eye(len(mean), dtype=F64)
+    drift = u(mean[None])[0]
+    return drift, (u(mean + I) - drift).T
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thm_flow_matching_gaussians(seed):
+    """Gradients of functionals by differences, matrix roots and Lyapunov's equation by SciPy, against the segments.
+
+    Checked by: finite differences, another library, definition.
+    """
+    start, end, generator = two_laws(20 + seed)
+    (m, S), (goal, B) = start, end
+    D, I = goal - m, torch.eye(2, dtype=F64)
+    # 1: matched pairs, from two sources, one functional. The velocity by differences of the positions in the clock.
+    root, F = torch.from_numpy(sqrtm(S.numpy()).real), half_square(goal, B)
+    inverse = torch.linalg.inv(root)
+    T = inverse @ torch.from_numpy(sqrtm((root @ B @ root).numpy()).real) @ inverse
+    for t in (0.2, 1.0):
+
+        def L(t):
+            return math.exp(-t) * I + (1 - math.exp(-t)) * T
+
+        h = 1e-4
+        rate = (L(t + h) - L(t - h)) / (2 * h) @ torch.linalg.inv(L(t))
+        mean = goal - math.exp(-t) * D
+        drift, slope = descent(F, mean, L(t) @ S @ L(t))
+        assert (drift - (goal - mean)).abs().max() < 1e-7 and (slope - rate).abs().max() < 1e-6
+    # 2: independent pairs. The field is symmetric only if the covariances commute; another one traces the same path.
+    turn = torch.linalg.eigh(S).eigenvectors
+    commuting = turn @ torch.diag(torch.tensor([0.4, 1.9], dtype=F64)) @ turn.T
+    for tau in (0.2, 0.7):
+        mean, C = joint(tau, start, end)
+        C, rate = C[:2, :2], 2 * (tau * B - (1 - tau) * S)
+        drift, U = field(tau, start, end, mean[:2])
+        assert (drift - D).abs().max() < 1e-12 and (U @ C + C @ U.T - rate).abs().max() < 1e-12
+        A = torch.from_numpy(solve_sylvester(C.numpy(), C.numpy(), rate.numpy()))
+        spent = [float((X @ C @ X.T).trace()) for X in (U, A, U - A)]
+        assert spent[0] == pytest.approx(spent[1] + spent[2], rel=1e-10) and (A - A.T).abs().max() < 1e-12
+        damaged("the field of independent pairs is a gradient", abs(U[0, 1] - U[1, 0]) < 1e-3)
+        damaged("it spends no more than the path needs", spent[2] < 1e-6)
+        assert (C @ (U.T - U) @ C + tau * (1 - tau) * (S @ B - B @ S)).abs().max() < 1e-12
+        V = field(tau, start, (goal, (commuting + commuting.T) / 2), mean[:2])[1]
+        assert (V - V.T).abs().max() < 1e-12
+        # 3: the functional made to measure has the path's velocity for its descent.
+        made = made_to_measure(start, end)
+        drift, slope = descent(made, mean[:2], C, h=1e-3)
+        assert (drift - D).abs().max() < 1e-4 and (slope - A).abs().max() < 1e-5
+        damaged("W_2^2 / 2 serves independent pairs", _angle(descent(F, mean[:2], C), (D, A)) < 1e-2)
+        # 5: on a circle.
+        b, theta = 0.8, 0.5 * math.pi * tau
+        law = ou_moments(-b * math.log(math.cos(theta)), I / b, goal, m, S)
+        assert (law[0] - goal + math.cos(theta) * D).abs().max() < 1e-12
+        assert (law[1] - math.cos(theta) ** 2 * S - math.sin(theta) ** 2 * b * I).abs().max() < 1e-12
+        straight = segment_law(1 - math.cos(theta), m, S, goal, b * I)[1]
+        damaged("on the chord as on the circle", (law[1] - straight).abs().max() < 1e-2)
+    # 3: with no distance to go and proportional covariances each law is met twice.
+    lam = 0.5 + seed
+    c = 1 / (1 + lam)
+    laws = [segment_law(c + shift, m, S, m, lam * S)[1] for shift in (-0.2, 0.2)]
+    assert (laws[0] - laws[1]).abs().max() < 1e-12 and (
+        laws[0] - segment_law(c, m, S, m, lam * S)[1]
+    ).abs().max() > 1e-2
+    # 4: one law, many directions.
+    here, directions = goal - 1.5 * D, []
+    for tau in (0.0, 0.25, 0.5):
+        source = (here - tau * goal) / (1 - tau), (1 + tau) / (1 - tau) * B
+        mean, C = joint(tau, source, end)
+        assert (mean[:2] - here).abs().max() < 1e-12 and (C[:2, :2] - B).abs().max() < 1e-12
+        directions.append(field(tau, source, end, here))
+        assert (directions[-1][1] + I).abs().max() < 1e-12
+        assert (directions[-1][0] - (goal - here) / (1 - tau)).abs().max() < 1e-12
+    damaged("one functional for all sources", _angle(directions[0], directions[2]) < 0.1)
+
+
+def _angle(one, other):
+    """Angle between two affine fields, each a drift and a slope, as vectors of numbers."""
+    u, v = (torch.cat([drift, slope.flatten()]) for drift, slope in (one, other))
+    return float(torch.acos((u @ v / u.norm() / v.norm()).clamp(-1, 1)))
+
+
+def made_to_measure(start, end):
+    """The functional of part 3, with its integral by quadrature."""
+    (m, S), (goal, B) = start, end
+    D = goal - m
+
+    def tangent(tau):
+        C, rate = (1 - tau) ** 2 * S + tau**2 * B, 2 * (tau * B - (1 - tau) * S)
+        A = torch.from_numpy(solve_sylvester(C.numpy(), C.numpy(), rate.numpy()))
+        return C, A, float(D @ D + (A @ C @ A).trace())
+
+    def F(mean, Sigma):
+        tau = float((mean - m) @ D / (D @ D))
+        C, A, _ = tangent(tau)
+        return -quad(lambda r: tangent(r)[2], 0, tau)[0] - (A @ (Sigma - C)).trace() / 2
+
+    return F

@@ -8,6 +8,9 @@ import math
 
 import pytest
 import torch
+from conftest import damaged, sharp
+from numpy.polynomial.hermite_e import hermegauss
+from scipy.optimize import minimize
 
 import nsgf_lite as nl
 
@@ -93,6 +96,10 @@ def weights(n, seed):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_thm_continuity_equation(d):
+    """Both sides of the weak form, by following and by Simpson's rule; densities, by differences and for Gaussians.
+
+    Checked by: quadrature, finite differences, closed form.
+    """
     B = normal(d, d, seed=d)
     x, a = normal(40, d, seed=d + 1), weights(40, d)
 
@@ -120,7 +127,8 @@ def test_thm_continuity_equation(d):
     jacobian = torch.stack([(up - down) / 2e-5 for up, down in ahead], -1)
     stretch = simpson(divergence(path), h).exp()
     assert (jacobian.det() / stretch - 1).abs().max() < 1e-6
-    assert (stretch - 1).abs().max() > 0.1
+    damaged("densities are carried along unchanged", (stretch - 1).abs().max() < 0.1)
+    damaged("the divergence with the other sign", (jacobian.det() * stretch - 1).abs().max() < 0.1)
     # An affine field carries a Gaussian density to the Gaussian density it should.
     S = positive(d, seed=d)
     flow = torch.linalg.matrix_exp(0.8 * B)
@@ -128,6 +136,17 @@ def test_thm_continuity_equation(d):
     start_law = torch.distributions.MultivariateNormal(torch.zeros(d, dtype=F64), S)
     end_law = torch.distributions.MultivariateNormal(torch.zeros(d, dtype=F64), flow @ S @ flow.T)
     assert (end_law.log_prob(end) - start_law.log_prob(x) + 0.8 * B.trace()).abs().max() < 1e-4
+    # Growth: at most exponential, and a field of linear growth gets there.
+    far = torch.full((1, d), 100.0, dtype=F64)
+    grown = nl.follow(lambda x, y: x, far, far, 0.01, 100, method="rk4")[-1]
+    sharp(1 + grown.norm(), (1 + far.norm()) * math.e, at_least=0.98)
+    # Without a derivative uniqueness fails: v = 2 sqrt|x|, and both delta_0 and delta_{t^2} solve the weak form.
+    r = torch.linspace(0, 1, 101, dtype=F64)
+    for place, speed in ((0 * r, 0 * r), (r**2, 2 * r)):
+        assert (speed - 2 * place.abs().sqrt()).abs().max() < 1e-15
+        change = torch.exp(-(place[-1] ** 2)) - torch.exp(-(place[0] ** 2))
+        assert abs(change - simpson(-2 * place * torch.exp(-(place**2)) * speed, 0.01)) < 1e-6
+    damaged("one solution from delta_0, for any continuous field", (r**2)[-1] < 1e-3)
     # The solution is unique, its velocity is not: add a field that turns a wheel.
     if d == 2:
         angle = 2 * math.pi * torch.arange(16, dtype=F64) / 16
@@ -162,6 +181,11 @@ def check_weights(seed):
     for t in (1.0, 0.3, 1e-3):  # exact to the second order, at any step
         exact = t * chi @ slope * du + t**2 / 2 * chi @ W @ chi * du**2
         assert abs(interaction(rho + t * chi) - interaction(rho) - exact) < 1e-13
+    quotient = (interaction(rho + 1e-6 * chi) - interaction(rho)) / 1e-6
+    damaged("2 W * mu, as though without the one half", abs(quotient - 2 * chi @ slope * du) < 1e-3)
+    lean = W * (1 + 0.5 * torch.tanh(grid - grid.T))  # an interaction that is not even
+    quotient = ((rho + 1e-6 * chi) @ lean @ (rho + 1e-6 * chi) - rho @ lean @ rho) * du**2 / 2e-6
+    damaged("W * mu for any W", abs(quotient - chi @ lean @ rho * du**2) < 1e-3)
     for m in (1.5, 2.0, 3.0):
 
         def porous(r, m=m):
@@ -171,6 +195,7 @@ def check_weights(seed):
         quotients = [(porous(rho + t * chi) - porous(rho)) / t for t in (1.0, 0.1, 1e-2, 1e-4, 1e-6)]
         assert all(a > b > slope for a, b in zip(quotients, quotients[1:], strict=False))
         assert abs(quotients[-1] - slope) < 3e-3
+        damaged("the energy per mass, U / rho", abs(quotients[-1] - slope / m) < 0.02)
     # The entropy: U'(0) is minus infinity, so the quotients have no bound once vacuum is filled...
     quotients = [float((torch.special.xlogy(r, r) - torch.special.xlogy(rho, rho)).sum() * du / t)
                  for t in (1e-2, 1e-4, 1e-6, 1e-8) for r in (rho + t * chi,)]  # fmt: skip
@@ -225,6 +250,10 @@ def check_displacements(d):
     ("claim", "setting"), [(check_weights, s) for s in range(2)] + [(check_displacements, d) for d in (1, 2, 3)]
 )
 def test_thm_first_variations(claim, setting):
+    """Energies written out, of masses on a grid and of moved points; their quotients against the slopes.
+
+    Checked by: definition, finite differences.
+    """
     claim(setting)
 
 
@@ -242,7 +271,20 @@ def check_particles(d):
     # Enough is lost for that to mean something, and with the interaction counted twice the books do not balance.
     twice = torch.stack([F_k + 0.5 * a @ W_of(z[:, None] - z) @ a for F_k, z in zip(F, path, strict=True)])
     assert F[0] - F[-1] > 0.01
-    assert abs((twice[0] - twice[-1]) / simpson(speed2, 0.05) - 1) > 2e-3
+    damaged("the interaction counted twice", abs((twice[0] - twice[-1]) / simpson(speed2, 0.05) - 1) < 2e-3)
+
+
+def check_hypotheses():
+    """Without bounded second derivatives: V = -x^4 / 4, and the particle is gone at time one half."""
+    start = torch.ones(1, 1, dtype=F64)
+    almost = nl.follow(lambda x, y: x**3, start, start, 1e-3, 400, method="rk4")[-1]
+    assert abs(almost - 1 / math.sqrt(1 - 0.8)) < 1e-6
+    try:
+        nl.follow(lambda x, y: x**3, start, start, 1e-3, 1000, method="rk4")
+        alive = True
+    except FloatingPointError:
+        alive = False
+    damaged("the flow of any smooth energy exists for all times", alive)
 
 
 def check_gaussian_density(d):
@@ -286,9 +328,13 @@ def check_chain_rule():
     ("claim", "setting"),
     [(check_particles, (d,)) for d in (1, 2, 3)]
     + [(check_gaussian_density, (d,)) for d in (1, 3)]
-    + [(check_chain_rule, ())],
+    + [(check_chain_rule, ()), (check_hypotheses, ())],
 )
 def test_thm_energy_dissipation(claim, setting):
+    """Energies, written out, of particles that are followed; Gaussians in closed form; a density on a grid.
+
+    Checked by: simulation, quadrature, closed form.
+    """
     claim(*setting)
 
 
@@ -305,7 +351,7 @@ def implicit(x, a, rounds=60):
 def check_smooth(d):
     x, uniform = normal(14, d, seed=d), torch.full((14,), 1 / 14, dtype=F64)
     # |V''| <= 1 + 0.8, |W''| <= 2 SOFT
-    L = 1.8 + 4 * SOFT
+    L = 1.8 + 2 * SOFT
     speed = velocity(x).square().sum(1).mean().sqrt()
     sizes = [0.1 * 2.0**-k for k in range(4)]
     gaps = []
@@ -323,8 +369,12 @@ def check_smooth(d):
         assert best <= energy(x, uniform) and best < objective(explicit)
         for s in (1e-3, 1e-2, 0.1):
             assert best < objective(z + s * normal(14, d, seed=9))
-        assert (velocity(z) * a - (z - x)).abs().max() < 1e-12
+        # Optimality: the optimal plan back to the start, by linear programming, points along the slope.
+        back = nl.fields.Wasserstein()(z, x)
+        assert (back / a + velocity(z)).abs().max() < 1e-12
+        damaged("the plan points along the velocity", (back / a - velocity(z)).abs().max() < 0.1)
     assert abs(order(gaps, sizes) - 2) < 0.25
+    damaged("implicit and explicit steps agree to third order", order(gaps, sizes) > 2.5)
     # Step after step: first order, within the bound.
     T, errors = 0.8, []
     flow = nl.follow(velocity, x, x, T / 40, 40, method="rk4")
@@ -336,6 +386,64 @@ def check_smooth(d):
         errors.append(nl.metrics.w2(z, flow[-1]))
         assert errors[-1] <= a * fastest / 2 * ((1 - a * L) ** -k - 1)
     assert abs(order(errors, sizes[:3]) - 1) < 0.25
+    damaged("the scheme is of second order", order(errors, sizes[:3]) > 1.5)
+
+
+def check_by_values(d):
+    """The step found from values of the objective only, downhill on a simplex: three particles, unequal masses."""
+    n, a, mass = 3, 0.3, weights(3, d)
+    x = normal(n, d, seed=d + 2)
+
+    def objective(y):
+        y = torch.from_numpy(y).reshape(n, d)
+        return float(nl.metrics.w2(y, x, mass, mass) ** 2 / (2 * a) + energy(y, mass))
+
+    tight = {"xatol": 1e-9, "fatol": 1e-14, "maxiter": 20_000, "maxfev": 20_000, "adaptive": True}
+    found = minimize(objective, x.reshape(-1).numpy(), method="Nelder-Mead", options=tight)
+    z = torch.from_numpy(found.x).reshape(n, d)
+    back = nl.fields.Wasserstein()(z, x, a=mass, b=mass)
+    assert (back / a + velocity(z, a=mass)).abs().max() < 1e-5
+    fixed = x
+    for _ in range(200):
+        fixed = x + a * velocity(fixed, a=mass)
+    assert (z - fixed).abs().max() < 1e-5
+    damaged("it is the explicit step", (z - x - a * velocity(x, a=mass)).abs().max() < 1e-3)
+
+
+def check_extremal_steps(ell):
+    """The hill V = -ell x^2 / 2 uses both bounds; so does W = ell z^2 / 2 the Lipschitz constant, without a 2."""
+    x = normal(6, 1, seed=3)
+    x = x - x.mean()
+    size = x.square().mean().sqrt()
+    for a in (0.1 / ell, 0.5 / ell):
+        step = x / (1 - a * ell)  # minimises (y - x)^2 / (2 a) - ell y^2 / 2
+        hill = [
+            (s - x).square().mean() / (2 * a) - ell / 2 * s.square().mean() for s in (step, 1.01 * step, 0.99 * step)
+        ]
+        assert hill[0] < min(hill[1:])
+        gap = nl.metrics.w2(step, nl.follow(lambda x, y: ell * x, x, x, a, 1)[-1])
+        sharp(gap, a**2 * ell / (1 - a * ell) * ell * size, at_least=0.999)
+    a, k = 0.01 / ell, 50
+    off = ((1 - a * ell) ** -k - math.exp(k * a * ell)) * size
+    sharp(off, a * ell * math.exp(k * a * ell) * size / 2 * ((1 - a * ell) ** -k - 1))
+    damaged("of second order in a", off <= a**2 * ell * math.exp(k * a * ell) * size / 2 * ((1 - a * ell) ** -k - 1))
+    # With a ell > 1 there is no step: the objective has no minimum.
+    a = 1.5 / ell
+    far = [(r * x - x).square().mean() / (2 * a) - ell / 2 * (r * x).square().mean() for r in (10, 100, 1000)]
+    damaged("a step exists for every a", far[2] > far[1] > far[0])
+    # The lift of W = ell z^2 / 2 is ell (X - E X): of Lipschitz constant ell, reached by centred differences.
+    y = 2 * x
+    lift = [ell * (z[:, None] - z).mean(1) for z in (x, y)]
+    sharp((lift[1] - lift[0]).square().mean().sqrt(), ell * (y - x).square().mean().sqrt(), at_least=0.999)
+
+
+def check_lift(seed):
+    """Smooth interactions never exceed the constant ell_W, whatever the clouds."""
+    for k in range(20):
+        x, y = normal(9, 2, seed=100 * seed + k), normal(9, 2, seed=100 * seed + k + 50) * 0.3
+        lift = [slope_of(W_of, z[:, None] - z).mean(1) for z in (x, x + y)]
+        moved = (lift[1] - lift[0]).square().sum(1).mean().sqrt()
+        assert moved <= 2 * SOFT * y.square().sum(1).mean().sqrt()
 
 
 def kl(m, S, eta):
@@ -366,6 +474,13 @@ def check_gaussians(d):
         assert objective(m, (s + size) ** 2 * eye) > best < objective(m, (s - size) ** 2 * eye)
         rise.append(objective(m + size * normal(d, seed=6), s**2 * eye) - best)
     assert abs(rise[0] / rise[1] - 4) < 1e-4, "a minimum in the mean: quadratic"
+    # Optimality: back along the map between the two Gaussians.
+    z = normal(5, d, seed=4)
+    slope = z - eta - (z - m) / s**2
+    assert ((start + sigma / s * (z - m) - z) / a - slope).abs().max() < 1e-12
+    damaged("the map forward for the map back", ((m + s / sigma * (z - start) - z) / a - slope).abs().max() < 0.1)
+    explicit = sigma + a * (1 / sigma - sigma)
+    damaged("the explicit step's deviation", objective(m, explicit**2 * eye) <= best)
     # From N(0, I), and to first order the Ornstein-Uhlenbeck flow.
     m, s = torch.zeros(d, dtype=F64), 1.0
     for k in range(1, 6):
@@ -426,10 +541,16 @@ def check_on_the_line(a):
 @pytest.mark.parametrize(
     ("claim", "setting"),
     [(check_smooth, 1), (check_smooth, 2)]
+    + [(check_by_values, 1), (check_by_values, 2), (check_extremal_steps, 1.0), (check_extremal_steps, 3.0)]
+    + [(check_lift, 0), (check_lift, 1)]
     + [(check_gaussians, d) for d in (1, 3)]
     + [(check_on_the_line, a) for a in (0.1, 1.0, 10.0)],
 )
 def test_thm_jko_step(claim, setting):
+    """Steps by fixed points, by Newton and by a search that sees values only; plans by the network simplex.
+
+    Checked by: linear program, brute force, closed form.
+    """
     claim(setting)
 
 
@@ -444,10 +565,19 @@ INTERNAL = {
 
 @pytest.mark.parametrize("name", INTERNAL)
 def test_thm_quantile_flow(name):
-    # The distance is that of quantile functions, also for clouds of different sizes.
+    """Distances by the network simplex against sorted points; the energy written out; particles followed.
+
+    Checked by: linear program, finite differences, simulation.
+    """
+    # The distance is that of quantile functions, also for clouds of different sizes, and of unequal masses.
     x, y = normal(6, 1, seed=1), 2 * normal(9, 1, seed=2)
     gap = x[:, 0].sort().values.repeat_interleave(3) - y[:, 0].sort().values.repeat_interleave(2)
     assert abs(nl.metrics.w2(x, y) - gap.square().mean().sqrt()) < 1e-10
+    counts = torch.tensor([1, 2, 3, 1, 4, 1])  # twelfths
+    gap = x[:, 0].sort().values.repeat_interleave(counts[x[:, 0].argsort()]) - torch.linspace(-1, 1, 12, dtype=F64)
+    evenly = torch.linspace(-1, 1, 12, dtype=F64)[:, None]
+    assert abs(nl.metrics.w2(x, evenly, counts.to(F64) / 12, None) - gap.square().mean().sqrt()) < 1e-10
+    damaged("points paired as they come", abs(nl.metrics.w2(x, y[:6]) - (x - y[:6]).square().mean().sqrt()) < 1e-3)
     # The energy is convex, and the flow is its gradient flow.
     U, P = INTERNAL[name]
     n = 12
@@ -466,6 +596,11 @@ def test_thm_quantile_flow(name):
     for one, other in zip(clouds, clouds[1:], strict=False):
         assert E((one + other) / 2) < (E(one) + E(other)) / 2
         assert (field(one[:, None])[:, 0] + n * slope_of(E, one)).abs().max() < 1e-8 * float(field(one[:, None]).norm())
+        damaged("pressures with the sign turned", (field(one[:, None]) - 2 * field(one[:, None], force=False)
+                + n * slope_of(E, one)[:, None]).abs().max() < 0.1)  # fmt: skip
+    wide = torch.linspace(-40, 40, n, dtype=F64)
+    hill = [E(z, lambda z: -(z**2), lambda z: 0 * z) for z in (wide, 1.2 * wide, 1.1 * wide)]
+    damaged("E_n is convex for any V", hill[2] <= (hill[0] + hill[1]) / 2)
     # Particles keep their order: the smallest gap grows.
     start = NORMAL.icdf((torch.arange(n, dtype=F64) + 0.5) / n)[:, None]
     path = nl.follow(lambda x, y: field(x, force=False), start, start, 2e-3, 200, method="rk4")[..., 0]
@@ -479,6 +614,7 @@ def test_thm_quantile_flow(name):
     if name == "entropy":
         grown = path.square().mean(1) - path[0].square().mean()
         assert (grown - 2 * (1 - 1 / n) * 2e-3 * torch.arange(201, dtype=F64)).abs().max() < 1e-9
+        damaged("the variance grows by 2 t", abs(grown[-1] - 2 * 0.4) < 0.01)
     # With a potential of curvature 2: no gap shrinks faster than e^{-2t}.
     path = nl.follow(
         lambda x, y: field(x, force=False) - 2 * (x - 3), 0.5 * start, start, 5e-4, 200, method="rk4"
@@ -486,6 +622,13 @@ def test_thm_quantile_flow(name):
     times = 5e-4 * torch.arange(201, dtype=F64)
     least = path.diff(dim=1).amin(1)
     assert (least >= torch.exp(-2 * times) * least[0] - 1e-9).all()
+    # Far apart, particles feel V alone: with V'' = 2 the rate is reached.
+    far = 40 * start
+    path = nl.follow(lambda x, y: field(x, force=False) - 2 * x, far, far, 5e-4, 200, method="rk4")[..., 0]
+    sharp(math.exp(-2 * 0.1) * path[0].diff().min(), path[-1].diff().min(), at_least=0.9)
+    # An attraction closes gaps without any V: W = 0 is needed; so is a bound of V''.
+    near = nl.follow(lambda x, y: field(x, force=False) - 2 * (x - x.mean()), far, far, 5e-4, 200, method="rk4")[..., 0]
+    damaged("gaps do not shrink if V = 0, with W = z^2", near[-1].diff().min() >= near[0].diff().min())
 
 
 # thm-heat-flow --------------------------------------------------------------------------
@@ -493,6 +636,10 @@ def test_thm_quantile_flow(name):
 
 @pytest.mark.parametrize("d", [1, 2])
 def test_thm_heat_flow(d):
+    """Mixtures of Gaussians: differences of their densities, their distribution functions, particles that follow.
+
+    Checked by: finite differences, quadrature, simulation, closed form.
+    """
     atoms, a = normal(4, d, seed=d), weights(4, d)
 
     def density(x, t):
@@ -513,6 +660,10 @@ def test_thm_heat_flow(d):
     change = (density(x, t + h) - density(x, t - h)) / (2 * h)
     laplace = sum(density(x + s * k, t) - density(x, t) for k in e for s in (1, -1)) / h**2
     assert (change - laplace).abs().max() < 1e-4 * change.abs().max() + 1e-6
+    damaged("half the Laplacian", (change - laplace / 2).abs().max() < 1e-2 * change.abs().max())
+    damaged(
+        "a point minus its origin over t", (2 * v(x, t) + slope_of(lambda x: density(x, t).log(), x)).abs().max() < 1
+    )
     # Carried by v, log rho changes by minus the integral of the divergence: the law of the particles is rho.
     if d == 1:
         cdf = [(NORMAL.cdf((z - atoms.T) / math.sqrt(2 * s)) * a).sum(1) for z, s in
@@ -535,6 +686,14 @@ def test_thm_heat_flow(d):
     assert (end - m - (x - m) @ torch.linalg.inv(root(S)) @ root(later)).abs().max() < 1e-6
     free = nl.closed_forms.ou_moments(0.5, 1e-8 * torch.eye(d, dtype=F64), torch.zeros(d), m, S)
     assert (free[0] - m).abs().max() < 1e-7 and (free[1] - later).abs().max() < 1e-7
+    # From one point both bounds are equalities, by Gauss and Hermite's rule in each coordinate.
+    nodes, mass = map(torch.from_numpy, hermegauss(8))
+    nodes = math.sqrt(2 * t) * torch.cartesian_prod(*[nodes] * d).reshape(-1, d)
+    mass = torch.cartesian_prod(*[mass / mass.sum()] * d).reshape(-1, d).prod(1)
+    point, one = torch.zeros(1, d, dtype=F64), torch.ones(1, dtype=F64)
+    sharp(nl.metrics.w2(nodes, point, mass, one), math.sqrt(2 * d * t), at_least=0.999)
+    sharp(mass @ (nodes / (2 * t)).square().sum(1), d / (2 * t), at_least=0.999)
+    damaged("W_2 grows like t", nl.metrics.w2(nodes / 10, point, mass, one) <= math.sqrt(2 * d) * t / 100)
     # Everywhere at once: W_2 to the start is at most sqrt(2 d t), and the density is positive.
     shift = math.sqrt(2 * 1e-4) * normal(4, d, seed=6)
     assert nl.metrics.w2(atoms + shift, atoms) <= shift.square().sum(1).mean().sqrt() + 1e-12
@@ -546,6 +705,10 @@ def test_thm_heat_flow(d):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_thm_ou_flow(d):
+    """Particles that know only their own moments, and random ones, against the closed form; distances of Gaussians.
+
+    Checked by: simulation, closed form.
+    """
     A, b = positive(d, 1), normal(d, seed=2)
     x, a = normal(8, d, seed=3) @ positive(d, 4) + 1, weights(8, d)
 
@@ -575,6 +738,10 @@ def test_thm_ou_flow(d):
     s = S.diagonal()
     assert ((walk[-1].mean(0) - m) / (s / n).sqrt()).abs().max() < 5
     assert ((walk[-1].T.cov() - S) / ((s[:, None] * s + S**2) / n).sqrt()).abs().max() < 5
+    half = nl.follow(lambda x, y, generator: langevin(x, y, generator) / math.sqrt(2)
+                     + (1 / math.sqrt(2) - 1) * (x - b) @ A, start, start, h, 100, generator=seeded(6))  # fmt: skip
+    scores = (half[-1].T.cov() - S) / ((s[:, None] * s + S**2) / n).sqrt()
+    damaged("dB for the root of 2 dB", scores.abs().max() < 5)
     # Two flows approach each other; the target is at rest.
     rate = float(torch.linalg.eigvalsh(A)[0])
     one, other = (normal(d, seed=7), positive(d, 8)), (normal(d, seed=9), positive(d, 10))
@@ -593,6 +760,10 @@ def test_thm_ou_flow(d):
         assert w2(at(t, one), at(t, other)) <= math.exp(-rate * t) * w2(one, other) + 1e-6
         assert (at(t, target)[1] - target[1]).abs().max() < 1e-12
     assert w2(at(30 / rate, one), target) < 1e-4
+    # Translates along the slowest direction approach at this rate, and no faster.
+    shifted = (one[0] + torch.linalg.eigh(A)[1][:, 0], one[1])
+    sharp((at(1.0, shifted)[0] - at(1.0, one)[0]).norm(), math.exp(-rate), at_least=0.999)
+    damaged("at twice the rate", w2(at(1.0, shifted), at(1.0, one)) <= math.exp(-2 * rate) * w2(shifted, one))
 
 
 # thm-porous-medium ----------------------------------------------------------------------
@@ -629,6 +800,10 @@ def check_profile(d, m):
     flux = -slope_of(lambda x: rho(1.3, x) ** m, x)
     assert (flux - rho(1.3, x)[:, None] * alpha / d * x / 1.3).abs().max() < 1e-10
     # The balance of energy.
+    damaged("mass one with a C of one", abs(shell @ (1 - (m - 1) * alpha / (2 * m * d) * r**2).clamp_min(0)
+            ** (1 / (m - 1)) - 1) < 0.01)  # fmt: skip
+    damaged("it solves the heat equation", (change - sum(rho(1.0, x + s * k) - rho(1.0, x) for k in e for s in (1, -1))
+            / h**2).abs().max() < 1e-2)  # fmt: skip
     balance = (m - 1) * alpha * (shell @ one**m) / (m - 1) / ((alpha / d) ** 2 * (shell @ (one * r**2)))
     assert abs(balance - 1) < 1e-4
 
@@ -641,6 +816,8 @@ def check_rays(d, m):
     assert (end - 4 ** (alpha / d) * x).abs().max() < 1e-5
     ratio = nl.closed_forms.barenblatt(2.0, end, m) * 4**alpha - nl.closed_forms.barenblatt(0.5, x, m)
     assert ratio.abs().max() < 1e-4
+    wrong = 2 * alpha / d * x  # at time 0.5 the velocity is x / t times alpha / d, not half of that
+    damaged("rays of twice the exponent", (end - 4 ** (2 * alpha / d) * x).abs().max() < 0.1 * wrong.abs().max())
 
 
 def check_pressed_particles():
@@ -669,4 +846,8 @@ def check_pressed_particles():
     + [(check_rays, (1, 2.0)), (check_rays, (3, 1.5)), (check_pressed_particles, ())],
 )
 def test_thm_porous_medium(claim, setting):
+    """The profile by quadrature and differences; particles carried by the field, and by each other's pressure.
+
+    Checked by: quadrature, finite differences, simulation.
+    """
     claim(*setting)

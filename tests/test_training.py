@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from test_bad_input import refused
-from test_streams import FAR, LABELS, POINTS, chance, loader, normal
+from test_streams import FAR, LABELS, POINTS, Hidden, chance, loader, normal
 from torch import nn
 
 import nsgf_lite as nl
@@ -266,6 +267,276 @@ def test_a_killed_process_is_taken_up_to_the_bit(kind, tmp_path):
         assert len(list((tmp_path / "pool").iterdir())) == FEW["pool"]
 
 
+def test_models_fitted_together_go_on_to_the_bit(tmp_path):
+    """Each from its own chance, whose state is in the file."""
+
+    def fit(**options):
+        models = [nl.FlowMatching(fused), nl.FlowMatching(fused)]
+        nl.fit_together(models, [ROUND] * 2, [FAR, POINTS], SHORT, seeds=[3, 4], progress=False, **options)
+        return [outcome(model) for model in models]
+
+    Fused.left = math.inf
+    whole = fit()
+    Fused.left = 30
+    with pytest.raises(Fuse):
+        fit(checkpoint=tmp_path / "run")
+    Fused.left = math.inf
+    assert checkpoints.read(tmp_path / "run")[1]["step"] == 20
+    for one, two in zip(fit(checkpoint=tmp_path / "run"), whole, strict=True):
+        same(one, two)
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path):
+    for name in "ab":
+        small(nl.NSGF, **FEW).fit(ROUND, FAR, SHORT, checkpoint=tmp_path / name, progress=False)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_number_of_threads_is_part_of_a_run():
+    """Equal bits with equal numbers; with another, sums are taken in another order, and rounded otherwise."""
+
+    def fit(threads):
+        torch.set_num_threads(threads)
+        try:
+            budget = nl.Training(steps=4, batch=256, warmup=2)
+            return outcome(nl.FlowMatching(lambda d, c: MLP(d, width=128)), ROUND, FAR, training=budget)
+        finally:
+            torch.set_num_threads(1)
+
+    one, two, again = fit(1), fit(2), fit(2)
+    same(two, again)
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4), name
+
+
+# --- whose a file is --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    """Of equal shape and mean; of a law that does not show its points; of a loader; of a teacher with other weights."""
+
+    def go(name, target, model=None):
+        (model or small(nl.FlowMatching)).fit(ROUND, target, SHORT, checkpoint=tmp_path / name, progress=False)
+
+    other = POINTS.clone()
+    other[:2] = POINTS[:2].flip(0) + torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert torch.allclose(other.mean(0), POINTS.mean(0))
+    kinds = {"tensor": lambda x: x, "law": Hidden, "loader": lambda x: torch.utils.data.DataLoader(x, 8)}
+    for name, made in kinds.items():
+        go(name, made(POINTS))
+        go(name, made(POINTS.clone()))
+        refused(lambda name=name, made=made: go(name, made(other)), r"data\.0\.1 was .* hash")
+    one, two = (small(nl.RectifiedFlow).fit(ROUND, FAR, SHORT, seed=k, progress=False) for k in range(2))
+    go("taught", FAR, small(nl.RectifiedFlow, teacher=one, pairs=50))
+    refused(lambda: go("taught", FAR, small(nl.RectifiedFlow, teacher=two, pairs=50)), r"data\.0\.2 was 'velocity")
+
+
+def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
+    def go():
+        small(nl.FlowMatching).fit(ROUND, FAR, SHORT, checkpoint=tmp_path / "run", progress=False)
+
+    go()
+    monkeypatch.setattr(checkpoints, "code", lambda: "another")
+    refused(go, "run was made under other hyperparameters: code was '[0-9a-f]{16}' and is 'another'$")
+
+
+def test_code_is_what_runs(tmp_path):
+    """Comments, docstrings and layout are none; a number is; the file's name counts."""
+    file, marks = tmp_path / "a.py", []
+    for text in (
+        'def f(x):\n    """Doc."""\n    return x + 1\n',
+        '"""Of the file."""\n\ndef f(x):  # a remark\n    """Another."""\n\n    return (x + 1)\n',
+        "def f(x):\n    return x + 2\n",
+    ):
+        file.write_text(text, encoding="utf-8")
+        marks.append(checkpoints.code_of([file]))
+    assert marks[0] == marks[1] != marks[2]
+    file.rename(tmp_path / "b.py")
+    assert checkpoints.code_of([tmp_path / "b.py"]) != marks[2]
+    assert checkpoints.code() == checkpoints.code() and len(checkpoints.code()) == 16
+
+
+HOLDER = """
+import sys, time
+from nsgf_lite.training import checkpoints
+with checkpoints.held(sys.argv[1], folder=sys.argv[2] == "folder"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_two_runs_on_one_path(what, tmp_path):
+    """The second is told, and nothing of the first is touched; when the first is killed, the path is free."""
+    path = tmp_path / "run"
+    if what == "folder":
+        path.mkdir()
+    draft = tmp_path / ".run.1.part"
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, path, what], stdout=subprocess.PIPE, encoding="utf-8")
+    try:
+        assert first.stdout.readline() == "held\n"
+        draft.write_bytes(b"the first's")
+        options = {"folder": path} if what == "folder" else {}
+        model = small(nl.NSGF, **FEW, **options)
+        given = {} if what == "folder" else {"checkpoint": path}
+        with pytest.raises(OSError, match="another run is at work here") as told:
+            model.fit(ROUND, FAR, SHORT, progress=False, **given)
+        assert told.value.filename == str(path) and draft.exists() and not model.trajectories.added
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    model.fit(ROUND, FAR, SHORT, progress=False, **given)
+    left = [p.name for p in tmp_path.iterdir()]
+    assert left == ["run"] if what == "file" else ".lock" not in [p.name for p in path.iterdir()]
+
+
+def test_two_threads_on_one_path(tmp_path):
+    inside, done, told = threading.Event(), threading.Event(), []
+
+    def first():
+        with checkpoints.held(tmp_path / "run"):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(60)
+    for path in (tmp_path / "run", tmp_path / "other"):
+        try:
+            with checkpoints.held(path):
+                told.append("")
+        except OSError as error:
+            told.append(error.strerror)
+    done.set()
+    thread.join()
+    assert told == ["another run is at work here; each needs a path of its own", ""]
+    with checkpoints.held(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_the_work(tmp_path):
+    (tmp_path / "text").write_text("a file", encoding="utf-8")
+    begun = []
+
+    class Spy(nl.NSGF):
+        def _begin(self, generator):
+            begun.append(self)
+
+    for path in (tmp_path / ("long" * 99), tmp_path / ("a" * 248), tmp_path / "text" / "run"):
+        with pytest.raises(OSError, match="could not write here") as told:
+            Spy(**FEW).fit(ROUND, FAR, SHORT, checkpoint=path, progress=False)
+        assert told.value.filename == str(path)
+    refused(lambda: Spy(**FEW).fit(ROUND, FAR, SHORT, checkpoint=tmp_path), "a file is needed, and .* is a folder")
+    refused(lambda: Spy(**FEW, folder=tmp_path / "text").fit(ROUND, FAR, SHORT), "text is a file")
+    (tmp_path / "run.clock").mkdir()
+    plus = nl.NSGFPlusPlus(network=narrow, **FEW)
+    refused(lambda: plus.fit(ROUND, FAR, SHORT, checkpoint=tmp_path / "run"), r"run\.clock is a folder")
+    assert not begun and not (tmp_path / "run.sinkhorn").exists()
+
+
+# --- what a training leaves alone -------------------------------------------------------------------------------------
+
+ACCELERATED = """
+import torch
+from accelerate import Accelerator
+torch.set_num_threads(1)
+import nsgf_lite as nl
+
+def losses():
+    model = nl.FlowMatching(network=lambda d, c: nl.networks.MLP(d, width=16, depth=2))
+    return model.fit(nl.toy.Gaussian(), nl.toy.Moons(), nl.Training(steps=10, batch=32), progress=False).losses
+
+before = losses()
+theirs = Accelerator(gradient_accumulation_steps=4, mixed_precision="bf16", cpu=True)
+print(losses() == before, theirs.gradient_accumulation_steps, theirs.mixed_precision, theirs.sync_gradients)
+"""
+
+
+def test_a_readers_accelerator_and_ours_leave_one_another_alone():
+    """Theirs may come after ours, and keeps its accumulation and its precision; ours takes over neither."""
+    done = subprocess.run([sys.executable, "-c", ACCELERATED], capture_output=True, encoding="utf-8")
+    assert done.stdout == "True 4 bf16 True\n", done.stderr
+
+
+class Noisy(nn.Module):
+    """A network with dropout and running statistics."""
+
+    def __init__(self, d, out=None):
+        super().__init__()
+        layers = nn.Linear(d + 1, 32), nn.BatchNorm1d(32), nn.SiLU(), nn.Dropout(0.5), nn.Linear(32, out or d)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        return self.layers(torch.cat([x, t.unsqueeze(-1)], -1))
+
+
+NOISY = {
+    "FM": lambda: nl.FlowMatching(lambda d, c: Noisy(d)),
+    "on policy": lambda: nl.NSGF(network=lambda d, c: Noisy(d), renew=7, on_policy=True, **FEW),
+    "NSGF++": lambda: nl.NSGFPlusPlus(network=lambda d, c: Noisy(d), predictor=lambda d, c: Noisy(d, 1), **FEW),
+    "EPT": lambda: nl.EPT(steps=6, particles=50, network=lambda d, c: Noisy(d, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("mode", [False, True])
+def test_samples_are_drawn_in_evaluation_mode(name, mode):
+    """Twice the same, running statistics untouched, and each part left in the mode it was in."""
+    model = NOISY[name]().fit(ROUND, FAR, SHORT, progress=False)
+    networks, start = model.networks().values(), normal(20, 2)
+    for network in networks:
+        network.train(mode)
+        network.layers[3].eval()
+    before = [{k: t.clone() for k, t in network.state_dict().items()} for network in networks]
+    state = torch.random.get_rng_state()
+    one, two = (model.sample(20, getattr(model, "steps", 4), start=start) for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.random.get_rng_state(), state)
+    for network, was in zip(networks, before, strict=True):
+        same(network.state_dict(), was)
+        assert network.training is mode and network.layers[1].training is mode and not network.layers[3].training
+
+
+@pytest.mark.parametrize("name", ["FM", "on policy"])
+def test_dropout_is_the_seeds_and_goes_on_to_the_bit(name, tmp_path, monkeypatch):
+    """Whatever torch's global generator is at, which is left alone; and it does drop, in training."""
+    whole = outcome(NOISY[name](), ROUND, FAR)
+    torch.manual_seed(11)
+    before, advance, left = torch.random.get_rng_state(), training.loop._Run.advance, [30]
+
+    def fails(self, value, name):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Fuse
+        advance(self, value, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.loop._Run, "advance", fails)
+        with pytest.raises(Fuse):
+            outcome(NOISY[name](), ROUND, FAR, checkpoint=tmp_path / "run")
+    same(outcome(NOISY[name](), ROUND, FAR, checkpoint=tmp_path / "run"), whole)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    plain = NOISY[name]()
+    make = plain.network
+    plain.network = lambda d, c: (net := make(d, c), setattr(net.layers[3], "p", 0.0))[0]
+    assert plain.fit(ROUND, FAR, SHORT, progress=False).losses != whole["losses"].tolist()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_models_are_fitted_and_sampled_in_every_mode(mode, tmp_path):
+    """The same to the bit, inside no_grad and inference_mode; a model loaded there too."""
+    ratio = lambda d, c: MLP(d, out=1, width=16, depth=2)  # noqa: E731
+    for make in (lambda: small(nl.FlowMatching), lambda: nl.EPT(steps=6, particles=50, network=ratio)):
+        whole = outcome(make(), POINTS, FAR)
+        with mode():
+            same(outcome(make(), POINTS.clone(), FAR), whole)
+        model = make().fit(POINTS, FAR, SHORT, progress=False)
+        with mode():
+            same(outcome(model), whole)
+            model.save(tmp_path / "model")
+            same(outcome(make().load(tmp_path / "model")), whole)
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -284,9 +555,9 @@ for time in range(2):  # the second takes up what the first has done
     model.fit(*laws, budget, checkpoint="run", progress=False)
     model.save(f"model{time}{machine().process_index}")
 nl.EPT(steps=4, particles=50, network=ratio).fit(*laws, budget, progress=False)
-if machine().is_main_process:
+if machine().process_index == 0:
     os.remove("run.1")
-machine().wait_for_everyone()
+torch.distributed.barrier()
 try:
     model.fit(*laws, budget, checkpoint="run", progress=False)
 except ValueError as error:
@@ -307,12 +578,12 @@ def test_two_processes_train_one_network(tmp_path):
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
         for variables in each
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in pair]
+        said = [process.communicate(timeout=300)[0] for process in pair]
     finally:
         for process in pair:
             process.kill()
@@ -344,6 +615,53 @@ def test_the_network_does_not_mind_the_unit_of_length():
     )
     assert torch.allclose(10 * one(x, t), ten(10 * x, t), rtol=1e-4, atol=1e-4)
     assert MLP(3, out=1)(normal(5, 3), torch.zeros(5)).shape == (5, 1)
+
+
+def test_the_code_of_time():
+    """t, cos(πkt) and sin(πkt) for k = 1, 2, 3, one by one by the library of C, beside the points and the label."""
+    net = MLP(2, out=9, frequencies=3, classes=2)
+    net.layers = nn.Identity()
+    x, t, label = normal(4, 2), torch.tensor([0.0, 0.25, 0.7, 1.0]), torch.tensor([0, 1, 1, 0])
+    for row, z, s, c in zip(net(x, t, label).tolist(), x.tolist(), t.tolist(), label.tolist(), strict=True):
+        code = [f(math.pi * k * s) for f in (math.cos, math.sin) for k in (1, 2, 3)]
+        assert row == pytest.approx([*z, s, *code, float(c == 0), float(c == 1)], abs=1e-6)
+
+
+def test_weights_are_the_generators_also_from_two_threads():
+    """Not those of torch's global state, which is left alone; and each thread gets its own."""
+
+    def made(seed):
+        return seeded(lambda: nn.Linear(50, 50), chance(seed)).weight
+
+    torch.manual_seed(1)
+    before, alone = torch.random.get_rng_state(), [made(seed) for seed in range(200)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len({float(weight.detach().sum()) for weight in alone}) == 200
+    torch.manual_seed(2)
+    together, interval = {}, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        halves = [range(k, 200, 2) for k in range(2)]
+        work = [
+            threading.Thread(target=lambda half=half: together.update({k: made(k) for k in half})) for half in halves
+        ]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(together[k], weight) for k, weight in enumerate(alone))
+
+
+@pytest.mark.parametrize("label", [[0, 3, 1], [0, -1, 1], [0.0, 0.5, 1.0], [0.0, 1.0, 1.0], [True, False, True]])
+def test_labels_that_are_none(label):
+    net, x, t, label = MLP(2, width=4, classes=3), normal(3, 2), torch.zeros(3), torch.tensor(label)
+    part = "from 0 to 2" if label.dtype == torch.int64 else "integers, got torch"
+    refused(lambda: net(x, t, label), f"label must be {part}")
+    stack = Stack([MLP(2, width=4, classes=3) for _ in range(2)])
+    refused(lambda: stack(x.expand(2, 3, 2), t.expand(2, 3), label.expand(2, 3)), f"label must be {part}")
+    net(x, t, torch.tensor([0, 2, 1], dtype=torch.uint8))
 
 
 def test_networks_refuse():

@@ -234,8 +234,11 @@ def test_closed_forms_take_single_precision_points():
 
 
 def test_the_recorded_run_says_what_the_chapter_says():
-    run = json.loads(RECORD.read_text())
-    w2 = {(r["set"], r["evaluations"], r["method"]): torch.tensor(r["w2"]) for r in run["rows"]}
+    """However many trainings it holds: rows of draws, one for each."""
+    run, rows = json.loads(RECORD.read_text(encoding="utf-8")), {}
+    for r in run["rows"]:
+        rows.setdefault((r["set"], r["evaluations"], r["method"]), []).append(r["w2"])
+    w2 = {key: torch.tensor(each) for key, each in rows.items()}
     worse_than_flow = 0
     for name in run["floor"]:
         for spent in (8, 12, 20, 40):
@@ -250,5 +253,6 @@ def test_the_recorded_run_says_what_the_chapter_says():
             assert abs(mended.mean() / pairs.mean() - 1) < 0.08
         rising = [float(w2[name, spent, "NSGF++"].mean()) for spent in (8, 12, 20, 40)]
         assert rising == sorted(rising)
-        assert all(0.115 < spread < 0.195 and tau == 0.6723 for _, spread, tau in run["handover"].values())
+        times = torch.tensor(list(run["handover"].values())).reshape(-1, 3)
+        assert bool(((times[:, 1] > 0.11) & (times[:, 1] < 0.2) & ((times[:, 2] - 0.6723).abs() < 1e-6)).all())
     assert worse_than_flow == 19

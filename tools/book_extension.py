@@ -3,6 +3,7 @@
 A page asks for a table with a line such as ``<!-- table: theorems -->``; the tables are the functions at the end.
 """
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -13,9 +14,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import claims
+
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ("book/theorem_index", "book/environment")  # written anew in every build
 KINDS = ("theorem", "proposition", "lemma", "corollary")
+# Ways to check a theorem that do not pass through the code in which it is written.
+ROUTES = (
+    "finite differences",
+    "primal value",
+    "linear program",
+    "brute force",
+    "quadrature",
+    "exact arithmetic",
+    "computer algebra",
+    "closed form",
+    "another library",
+    "simulation",
+    "definition",
+)
 SHOWN = (
     "torch numpy scipy POT geomloss ott-jax jax matplotlib ipywidgets scikit-learn "
     "jupyter-book sphinx myst-nb sphinx-book-theme jupytext nbval pytest"
@@ -81,7 +98,7 @@ def machine() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M)
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), flags=re.M)
         processor = found[1] if found else processor
     told = {"processor": processor, "cores": str(os.cpu_count())}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -114,11 +131,29 @@ def bare(test: str) -> str:
     return re.sub(r"\[.*", "", test.rsplit("::", 1)[-1], flags=re.S)
 
 
+def routes(root: Path = ROOT) -> dict[str, tuple[str, ...]]:
+    """For each theorem's test the independent routes that its docstring names in the line ``Checked by: …``."""
+    found = {}
+    for path in sorted((root / "tests").glob("test_thm_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_thm_"):
+                line = re.search(r"^ *Checked by: ([\w ,-]+)\.", ast.get_docstring(node) or "", re.M)
+                found[node.name] = tuple(re.split(", ", line[1])) if line else ()
+    return found
+
+
+def recorded_sharpness(root: Path = ROOT) -> dict[str, float]:
+    """For each theorem's test with a bound the largest measured/bound of its recorded run."""
+    path = root / "book/results/mutations.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("sharp", {}) if path.exists() else {}
+
+
 def theorems_table(root: Path = ROOT) -> str:
     killed: dict[str, set[str]] = {}
     for row in recorded_mutations(root):
         for test in row["killed_by"]:
             killed.setdefault(bare(test), set()).add(row["mutation"])
+    ways, sharp = routes(root), recorded_sharpness(root)
     parts = []
     for page in pages(root):
         here = [s for s in statements(root) if s.page == page]
@@ -128,8 +163,17 @@ def theorems_table(root: Path = ROOT) -> str:
         rows = []
         for s in here:
             test = name_of_test(s.label)
-            rows.append((f"{{prf:ref}}`{s.label}`", s.title, f"`{test}`", str(len(killed.get(test, ())))))
-        header = ("Statement", "What it says", "Its test", "Mutations it catches")
+            share = f"{sharp[test]:.2g}" if test in sharp else ""
+            rows.append(
+                (
+                    f"{{prf:ref}}`{s.label}`",
+                    s.title,
+                    ", ".join(ways.get(test, ())),
+                    share,
+                    str(len(killed.get(test, ()))),
+                )
+            )
+        header = ("Statement", "What it says", "Checked by", "Measured / bound", "Mutations it catches")
         parts.append(f"## {{doc}}`{title} </{page}>`\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
@@ -144,6 +188,22 @@ def mutations_table(root: Path = ROOT) -> str:
     if not rows:
         return "No run of the mutations has been recorded yet."
     return table(("Mutation", "The formula, and what it became", "Noticed by the tests of"), rows)
+
+
+def claims_table(root: Path = ROOT) -> str:
+    """What the checks of each page measured in the last run of it, page by page, folded."""
+    runs, parts = claims.noted(checks_folder(root)), []
+    for page in pages(root):
+        notebook = root / f"{page}.ipynb"
+        made = claims.ran(notebook, runs) if notebook.exists() else []
+        if made is None:
+            parts.append(f"{{doc}}`/{page}`: its notebook is not of this text; run `make notebooks`.")
+        elif made:
+            shown = [("" if c.share is None else f"{c.share:.2g}", c.claim) for c in made]
+            title = chapter_title((root / f"{page}.md").read_text(encoding="utf-8"))
+            head = f"{title}: {len(made)} claims, median {claims.nearest(made):.2g}"
+            parts.append(f":::{{dropdown}} {head}\n\n{table(('Share', 'Claim'), shown)}\n:::")
+    return "\n\n".join(parts)
 
 
 def versions_table(root: Path = ROOT) -> str:
@@ -162,6 +222,7 @@ def vendored_table(root: Path = ROOT) -> str:
 
 TABLES = {
     "theorems": theorems_table,
+    "claims": claims_table,
     "mutations": mutations_table,
     "versions": versions_table,
     "machine": machine_table,
@@ -172,8 +233,21 @@ TABLES = {
 # --- Sphinx -------------------------------------------------------------------------------------------------------
 
 
+def checks_folder(root: Path = ROOT) -> Path:
+    """Where the checks of executed pages note what they measured: beside the cache, since a cached page runs none."""
+    return root / "_build" / ".jupyter_cache" / execution_key(root) / "checks"
+
+
 def set_cache(app: Any, config: Any) -> None:
-    config.nb_execution_cache_path = str(ROOT / "_build" / ".jupyter_cache" / execution_key())
+    folder = checks_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.nb_execution_cache_path = str(folder.parent)
+    os.environ["NSGF_CHECKS"] = str(folder)
+
+
+def generated_last(app: Any, env: Any, docnames: list[str]) -> None:
+    """The tables say what the pages did, so the pages are read, and that is executed, before them."""
+    docnames.sort(key=lambda name: (name in GENERATED, name))
 
 
 def insert_tables(app: Any, docname: str, source: list[str]) -> None:
@@ -187,6 +261,7 @@ def always_outdated(app: Any, env: Any, added: set[str], changed: set[str], remo
 
 def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", set_cache, priority=1)
+    app.connect("env-before-read-docs", generated_last)
     app.connect("source-read", insert_tables)
     app.connect("env-get-outdated", always_outdated)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -79,9 +79,10 @@ if "google.colab" in sys.modules:  # nothing is done elsewhere
 class Exporter:
     def __init__(self, root):
         self.root = root
-        self.url = yaml.safe_load((root / "_config.yml").read_text())["repository"]["url"].rstrip("/")
+        self.url = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"].rstrip("/")
         self.version = library_version(root)
-        self.docs = table_of_contents(yaml.safe_load((root / "_toc.yml").read_text()))  # name -> chapter number or None
+        toc = (root / "_toc.yml").read_text(encoding="utf-8")
+        self.docs = table_of_contents(yaml.safe_load(toc))  # name -> chapter number or None
         bibliography = root / "book" / "references.bib"
         self.references = parse_file(str(bibliography)).entries if bibliography.exists() else {}
         self.names, self.titles, self.final = {}, {}, False
@@ -312,8 +313,9 @@ def heading(name, title=""):
 
 
 def library_version(root):
-    stated = tomllib.loads((root / "pyproject.toml").read_text())["project"].get("version")
-    return stated or re.search(r'^__version__ = "(.+)"', (root / "nsgf_lite" / "__init__.py").read_text(), re.M)[1]
+    stated = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("version")
+    init = (root / "nsgf_lite" / "__init__.py").read_text(encoding="utf-8")
+    return stated or re.search(r'^__version__ = "(.+)"', init, re.M)[1]
 
 
 def table_of_contents(toc):
@@ -343,7 +345,7 @@ def export(root, folder):
     notebooks = Exporter(root).export()
     folder.mkdir(parents=True, exist_ok=True)
     for name, notebook in notebooks.items():
-        (folder / f"{name}.ipynb").write_text(text(notebook))
+        (folder / f"{name}.ipynb").write_text(text(notebook), encoding="utf-8")
     for path in folder.glob("*.ipynb"):
         if path.stem not in notebooks:
             path.unlink()

@@ -28,7 +28,11 @@ TIMEOUT = 600  # seconds a cell may take
 
 def chapters(root=ROOT):
     """The .md files of book/ that have a Jupytext header: those with a notebook beside them."""
-    return [path for path in sorted((root / "book").glob("*.md")) if path.read_text().startswith("---\njupytext:")]
+    return [
+        path
+        for path in sorted((root / "book").glob("*.md"))
+        if path.read_text(encoding="utf-8").startswith("---\njupytext:")
+    ]
 
 
 def is_claim(cell):
@@ -99,7 +103,7 @@ def write(names=(), everything=False, root=ROOT):
     todo = []
     for path in chosen:
         stamp = stamps / path.stem
-        if everything or not stamp.exists() or stamp.read_text() != fingerprint(path):
+        if everything or not stamp.exists() or stamp.read_text(encoding="utf-8") != fingerprint(path):
             todo.append(path)
         else:
             print(f"{path.stem}: unchanged")
@@ -110,12 +114,12 @@ def write(names=(), everything=False, root=ROOT):
     ) as pool:
         for path, job in [(path, pool.submit(execute, path)) for path in todo]:
             try:
-                path.with_suffix(".ipynb").write_text(job.result())
+                path.with_suffix(".ipynb").write_text(job.result(), encoding="utf-8")
             except Exception as error:  # the traceback in the cell, or a kernel that died
                 failures += 1
                 print(f"{path.stem}: FAILED\n{error}", file=sys.stderr)
             else:
-                (stamps / path.stem).write_text(fingerprint(path))
+                (stamps / path.stem).write_text(fingerprint(path), encoding="utf-8")
                 print(f"{path.stem}: written")
     if not names:
         for path in sorted((root / "book").glob("*.ipynb")):

@@ -22,7 +22,7 @@ def address(root: Path = ROOT) -> str:
 
 def tracked(root: Path = ROOT) -> list[Path]:
     """The project's own text files: what git knows (or, in a plain folder, what is there), less vendored files."""
-    known = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    known = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, encoding="utf-8")
     if known.returncode == 0 and known.stdout:
         names = known.stdout.split("\0")
     else:

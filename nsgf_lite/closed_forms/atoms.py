@@ -4,17 +4,29 @@ Cost ``|x - y|^2 / 2``, temperature `eps` and bandwidth `h` with ``eps = h^2``, 
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from nsgf_lite.inputs import read_clouds, read_positive
+from nsgf_lite.inputs import LARGEST, read_clouds, read_positive
 
 
-def _read_masses(alpha: float, beta: float) -> None:
-    for name, mass in (("alpha", alpha), ("beta", beta)):
-        if not (isinstance(mass, int | float) and 0 < mass < 1):
+def _read_masses(alpha: float, beta: float) -> tuple[float, float]:
+    masses: dict[str, object] = {"alpha": alpha, "beta": beta}
+    for name, mass in masses.items():
+        if isinstance(mass, bool) or not (isinstance(mass, Real) and 0 < float(mass) < 1):
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
+    return float(alpha), float(beta)
+
+
+def _read_lengths(**lengths: float) -> list[float]:
+    """Positive numbers that can be squared and divided by one another; ValueError names the one that cannot."""
+    least, most = 1 / LARGEST[torch.float32], LARGEST[torch.float32]
+    for name, value in zip(lengths, read_positive(**lengths), strict=True):
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie between {least:g} and {most:g}, got {value!r}")
+    return [float(value) for value in lengths.values()]
 
 
 def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Tensor:
@@ -33,8 +45,8 @@ def two_atom_mass(alpha: float, beta: float, distance: float, eps: float) -> Ten
     -------
     :prf:ref:`thm-two-atoms`, :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-cluster-split`
     """
-    _read_masses(alpha, beta)
-    read_positive(distance=distance, eps=eps)
+    alpha, beta = _read_masses(alpha, beta)
+    (distance,), (eps,) = _read_lengths(distance=distance), read_positive(eps=eps)
     k2 = torch.exp(torch.tensor(-(distance**2) / eps, dtype=torch.float64))
     linear = (beta - alpha) + k2 * (alpha + 1 - beta)
     constant = k2 * alpha * (1 - beta)
@@ -78,8 +90,8 @@ def two_atom_velocity(
     :prf:ref:`thm-two-modes-scores`, :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-two-modes-wasserstein`,
     :prf:ref:`thm-two-modes-sinkhorn`, :prf:ref:`thm-float32-horizon`, :prf:ref:`thm-cluster-split`
     """
-    _read_masses(alpha, beta)
-    read_positive(distance=distance, h=h)
+    alpha, beta = _read_masses(alpha, beta)
+    distance, h = _read_lengths(distance=distance, h=h)
     if order not in (None, 1, 2):
         raise ValueError(f"order must be None, 1 or 2, got {order!r}")
     k = math.exp(-(distance**2) / (2 * h**2))
@@ -112,7 +124,7 @@ def two_atom_velocity(
 def _cross(points: Tensor, h: float) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates in units of h squared, and the factor C, of the field of :func:`cross_velocity`."""
     read_clouds(points=points)
-    read_positive(h=h)
+    (h,) = _read_lengths(h=h)
     if points.shape[-1] != 2:
         raise ValueError(f"points must have shape (k, 2), got {tuple(points.shape)}")
     u, v = (points.double() / h**2).unbind(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsgf_lite.closed_forms.gaussians import Matrix, Vector, _covariance, _mean
-from nsgf_lite.inputs import read_clouds, read_positive
+from nsgf_lite.inputs import read_clouds, read_positive, read_sizes
 
 
 def ou_moments(
@@ -24,10 +24,9 @@ def ou_moments(
 
     Used in
     -------
-    :prf:ref:`thm-ou-flow`, :prf:ref:`thm-jko-step`
+    :prf:ref:`thm-ou-flow`, :prf:ref:`thm-jko-step`, :prf:ref:`thm-flow-matching-gaussians`
     """
-    if isinstance(t, bool) or not (isinstance(t, int | float) and 0 <= t < math.inf):
-        raise ValueError(f"t must be a non-negative finite number, got {t!r}")
+    (t,) = read_sizes(t=t)
     A = _covariance("A", A)
     d = len(A)
     b, start = _mean("b", b, d), _mean("mean", [0.0] * d if mean is None else mean, d)
@@ -49,7 +48,7 @@ def barenblatt(t: float, x: Tensor, m: float) -> Tensor:
     Raises
     ------
     ValueError
-        If t <= 0, m <= 1, or x is not a cloud.
+        If t <= 0, m <= 1, x is not a cloud, or t or m is so extreme that the density overflows.
 
     Source
     ------
@@ -59,7 +58,7 @@ def barenblatt(t: float, x: Tensor, m: float) -> Tensor:
     -------
     :prf:ref:`thm-porous-medium`
     """
-    read_positive(t=t, m=m)
+    t, m = read_positive(t=t, m=m)
     read_clouds(x=x)
     if m <= 1:
         raise ValueError(f"m must be greater than 1, got {m!r}")
@@ -68,5 +67,13 @@ def barenblatt(t: float, x: Tensor, m: float) -> Tensor:
     beta = (m - 1) * alpha / (2 * m * d)
     # the mass of (C - beta |x|^2)_+^p is C^{p + d/2} times the exponential of this
     log_mass = d / 2 * math.log(math.pi / beta) + math.lgamma(p + 1) - math.lgamma(p + 1 + d / 2)
-    profile = math.exp(-log_mass / (p + d / 2)) - beta * x.square().sum(-1) * t ** (-2 * alpha / d)
-    return t**-alpha * profile.clamp_min(0) ** p
+    try:
+        height = math.exp(-log_mass / (p + d / 2))
+        # lengths in units of the support's, so that nothing overflows but the density itself
+        near = (height - (x / t ** (alpha / d)).square().sum(-1) * beta).clamp_min(0)
+        density = t**-alpha * near**p
+    except (OverflowError, ZeroDivisionError):
+        density = x.new_full(x.shape[:-1], math.nan)
+    if not bool(torch.isfinite(density).all()):
+        raise ValueError(f"t and m must be less extreme, got {t!r} and {m!r}: the density overflows")
+    return density

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from nsgf_lite.inputs import read_positive
+from nsgf_lite.inputs import LARGEST, exact, read_clouds, read_positive
 
 Vector = Tensor | Sequence[float] | float
 Matrix = Tensor | Sequence[Sequence[float]] | float
@@ -32,25 +32,47 @@ def _covariance(name: str, matrix: Matrix) -> Tensor:
     if (
         square.ndim != 2
         or square.shape[0] != square.shape[1]
-        or not torch.allclose(square, square.T, rtol=0, atol=1e-12)
+        or square.numel() == 0
+        or float((square - square.T).abs().max()) > 1e-12 * float(square.abs().max())
     ):
         raise ValueError(f"{name} must be a symmetric matrix (or a variance), got shape {tuple(given.shape)}")
     if not bool(torch.isfinite(square).all()) or float(torch.linalg.eigvalsh(square)[0]) <= 0:
         raise ValueError(f"{name} must be positive definite, got {given.tolist()}")
-    return square
+    _moderate(name, square)
+    return square.detach()
+
+
+def _moderate(name: str, given: Tensor) -> None:
+    """Refuse what would overflow when it is multiplied."""
+    if float(given.abs().max()) > LARGEST[torch.float64]:
+        raise ValueError(f"{name} must lie within ±{LARGEST[torch.float64]:g}, got {float(given.abs().max()):g}")
+
+
+def _read_points(x: Tensor, d: int) -> None:
+    """Check that the points are a cloud, or a batch of them, of dimension d."""
+    read_clouds(x=x)
+    if x.shape[-1] != d:
+        raise ValueError(f"x must have shape (k, {d}), got {tuple(x.shape)}")
 
 
 def _mean(name: str, mean: Vector, d: int) -> Tensor:
-    vector = torch.as_tensor(mean, dtype=torch.float64).reshape(-1)
+    try:
+        vector = torch.as_tensor(mean, dtype=torch.float64).detach().reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be {d} numbers, got {mean!r}") from None
     if vector.shape != (d,):
         raise ValueError(f"{name} must have {d} entries, got {vector.numel()}")
     if not bool(torch.isfinite(vector).all()):
         raise ValueError(f"{name} must be finite, got {vector.tolist()}")
+    _moderate(name, vector)
     return vector
 
 
 def _temperature(eps: float) -> float:
-    read_positive(eps=eps)
+    (eps,) = read_positive(eps=eps)
+    least, most = 1 / LARGEST[torch.float64], LARGEST[torch.float64]
+    if not least <= eps <= most:
+        raise ValueError(f"eps must lie between {least:g} and {most:g}, got {eps!r}")
     return float(eps)
 
 
@@ -128,10 +150,11 @@ def gaussian_ot(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) -> Tenso
     d = len(A)
     a, b = _mean("a", a, d), _mean("b", b, d)
     root = _root(A)
-    D = (4 * torch.linalg.eigvalsh(root @ B @ root).clamp_min(0) + eps**2).sqrt()
-    transport = (a - b).square().sum() + A.trace() + B.trace() - D.sum()
-    # eps (1 - log 2 eps) + eps log(D + eps), summed over the spectrum, with the logarithms joined: stable for large eps
-    entropy = eps * (1 + torch.log((D + eps) / (2 * eps))).sum()
+    spectrum = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0)
+    excess = 4 * spectrum / ((4 * spectrum + eps**2).sqrt() + eps)  # D - eps, which would cancel for large eps
+    transport = (a - b).square().sum() + A.trace() + B.trace() - excess.sum()
+    # eps (1 - log 2 eps) + eps log(D + eps) - eps, summed over the spectrum, with the logarithms joined
+    entropy = eps * torch.log1p(excess / (2 * eps)).sum()
     return (transport + entropy) / 2
 
 
@@ -162,7 +185,7 @@ def gaussian_velocity(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) ->
     Raises
     ------
     ValueError
-        As :func:`gaussian_map`.
+        As :func:`gaussian_map`; when called, if the points are no cloud of this dimension.
 
     Used in
     -------
@@ -170,7 +193,13 @@ def gaussian_velocity(a: Vector, A: Matrix, b: Vector, B: Matrix, eps: float) ->
     """
     slope = gaussian_map(A, B, eps) - gaussian_map(A, A, eps)
     a, b = _mean("a", a, len(slope)), _mean("b", b, len(slope))
-    return lambda x: (b - a).to(x) + (x - a.to(x)) @ slope.to(x)
+
+    @exact
+    def velocity(x: Tensor) -> Tensor:
+        _read_points(x, len(a))
+        return (b - a).to(x) + (x - a.to(x)) @ slope.to(x)
+
+    return velocity
 
 
 def gaussian_flow(
@@ -221,6 +250,13 @@ def gaussian_flow(
         K = _slope(now, target, eps) - _slope(now, now, eps)
         return (K @ now + now @ K.T).reshape(-1).numpy()
 
+    size = float(max(start.abs().max(), target.abs().max()))
+
+    def far(_: float, flat: np.ndarray) -> float:
+        """Zero where the flow has arrived: the integration ends there, however long the times are."""
+        return float(np.abs(flat.reshape(d, d) - target.numpy()).max()) - 1e-12 * size
+
+    far.terminal = True  # type: ignore[attr-defined]
     # From 0 and a little beyond the last time, so that a flow of no length is a flow.
     solution = solve_ivp(
         rate,
@@ -229,10 +265,12 @@ def gaussian_flow(
         method="DOP853",
         t_eval=clock.numpy(),
         rtol=1e-12,
-        atol=1e-14 * float(max(start.abs().max(), target.abs().max())),
+        atol=1e-14 * size,
+        events=far,
     )
     if not solution.success:
         raise FloatingPointError(f"the flow could not be integrated: {solution.message}")
-    covariances = torch.from_numpy(solution.y.T.copy()).reshape(-1, d, d)
+    covariances = target.repeat(len(clock), 1, 1)
+    covariances[: solution.y.shape[1]] = torch.from_numpy(solution.y.T.copy()).reshape(-1, d, d)
     means = goal + torch.exp(-clock)[:, None] * (m - goal)
     return means, (covariances + covariances.mT) / 2

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsgf_lite.closed_forms.gaussians import Matrix, Vector, _covariance, _mean, _root
-from nsgf_lite.inputs import read_clouds, read_counts, read_positive
+from nsgf_lite.closed_forms.gaussians import Matrix, Vector, _covariance, _mean, _read_points, _root
+from nsgf_lite.inputs import exact, read_counts, read_finite, read_positive, read_sizes
 
 Law = tuple[Tensor, Tensor]
 
@@ -34,7 +34,8 @@ def _pair(one: tuple[str, Vector, str, Matrix], other: tuple[str, Vector, str, M
 
 def _moment(t: float) -> float:
     """Read a time; what a solver's additions leave beyond an end is taken for the end."""
-    if isinstance(t, bool) or not (isinstance(t, int | float) and -1e-9 <= t <= 1 + 1e-9):
+    (t,) = read_finite(t=t)
+    if not -1e-9 <= t <= 1 + 1e-9:
         raise ValueError(f"t must be a number from 0 to 1, got {t!r}")
     return min(max(float(t), 0.0), 1.0)
 
@@ -60,7 +61,7 @@ def gaussian_w2(a: Vector, A: Matrix, b: Vector, B: Matrix) -> Tensor:
 
     Used in
     -------
-    :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`
+    :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`, :prf:ref:`thm-flow-matching-gaussians`
     """
     (a, A), (b, B) = _pair(("a", a, "A", A), ("b", b, "B", B))
     root = _root(A)
@@ -78,7 +79,8 @@ def segment_law(t: float, m: Vector, S: Matrix, target_mean: Vector, target_cova
 
     Used in
     -------
-    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`
+    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-two-curves`,
+    :prf:ref:`thm-flow-matching-gaussians`
     """
     return _at(_moment(t), *_laws(m, S, target_mean, target_covariance))
 
@@ -93,17 +95,23 @@ def segment_velocity(
     Raises
     ------
     ValueError
-        As :func:`segment_law`.
+        As :func:`segment_law`; when called, if the points are no cloud of this dimension.
 
     Used in
     -------
-    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`
+    :prf:ref:`thm-straight-flow`, :prf:ref:`thm-handover`, :prf:ref:`thm-flow-matching-gaussians`
     """
     t, (start, end) = _moment(t), _laws(m, S, target_mean, target_covariance)
     mean, covariance = _at(t, start, end)
     slope = torch.linalg.solve(covariance, t * end[1] - (1 - t) * start[1])  # of x - mean written as a row
     drift = end[0] - start[0]
-    return lambda x: drift.to(x) + (x - mean.to(x)) @ slope.to(x)
+
+    @exact
+    def velocity(x: Tensor) -> Tensor:
+        _read_points(x, len(mean))
+        return drift.to(x) + (x - mean.to(x)) @ slope.to(x)
+
+    return velocity
 
 
 def segment_time(
@@ -124,9 +132,9 @@ def segment_time(
     :prf:ref:`thm-time-predictor`
     """
     start, end = _laws(m, S, target_mean, target_covariance)
-    read_clouds(x=x)
-    read_counts(nodes=nodes)
-    if x.ndim != 2 or x.shape[1] != len(start[0]):
+    _read_points(x, len(start[0]))
+    (nodes,) = read_counts(nodes=nodes)
+    if x.ndim != 2:
         raise ValueError(f"x must have shape (k, {len(start[0])}), got {tuple(x.shape)}")
     node, weight = np.polynomial.legendre.leggauss(nodes)
     times, t = torch.from_numpy((node + 1) / 2), torch.from_numpy((node + 1) / 2)[:, None]
@@ -153,15 +161,19 @@ def handover_constant(tau: float, sigma: float, radius: float) -> float:
     Raises
     ------
     ValueError
-        If tau is not in [0, 1], sigma is not positive, or radius is negative.
+        If tau is not in [0, 1], sigma is not positive, radius is negative, or the factor overflows.
 
     Used in
     -------
     :prf:ref:`thm-handover`
     """
-    read_positive(sigma=sigma)
+    (sigma,), (radius,) = read_positive(sigma=sigma), read_sizes(radius=radius)
     tau = _moment(tau)
-    if isinstance(radius, bool) or not (isinstance(radius, int | float) and 0 <= radius < math.inf):
-        raise ValueError(f"radius must be a non-negative finite number, got {radius!r}")
-    w = (1 - tau) ** 2 + tau**2 * sigma**2
-    return sigma / math.sqrt(w) * math.exp(radius**2 / 2 * (1 / sigma**2 - tau**2 / w))
+    try:
+        w = (1 - tau) ** 2 + tau**2 * sigma**2
+        factor = sigma / math.sqrt(w) * math.exp(radius**2 / 2 * (1 / sigma**2 - tau**2 / w))
+    except (OverflowError, ZeroDivisionError):
+        factor = math.inf
+    if not math.isfinite(factor):
+        raise ValueError(f"radius must be smaller beside sigma, got {radius!r} and {sigma!r}: the factor overflows")
+    return factor

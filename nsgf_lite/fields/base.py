@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from nsgf_lite.inputs import read_clouds, read_weights
-from nsgf_lite.transport.sinkhorn import Potentials, _outside
-from nsgf_lite.transport.solver import PLANE, affinity
+from nsgf_lite.inputs import LARGEST, exact, read_clouds, read_generator, read_weights
+from nsgf_lite.transport.problem import Potentials, _outside
+from nsgf_lite.transport.solver import PLANE, affinity, centre, gathered
 
 Warm = dict[str, Potentials]
 
@@ -39,8 +39,15 @@ class Field(Protocol):
 
 
 class Formula:
-    """A field that is a formula in the particles, the data and their weights: what reads its arguments."""
+    """A field that is a formula in the particles, the data and their weights: what reads its arguments.
 
+    It is worked out around the centre of the data, which no velocity depends on, with the points of weight zero out of
+    the way.
+    """
+
+    anywhere: ClassVar[bool] = True  # whether the velocity is defined at other points than the particles
+
+    @exact
     def __call__(
         self,
         x: Tensor,
@@ -58,8 +65,17 @@ class Formula:
         """
         points = {} if at is None else {"at": at}
         read_clouds(x=x, y=y, **points)
-        a, b = read_weights("a", a, x), read_weights("b", b, y)
+        read_generator(generator)
+        given, a, b = (a, b), read_weights("a", a, x), read_weights("b", b, y)
+        idle_x, idle_y = (w is not None and bool((w == 0).any()) for w in given)
+        there = x if idle_x and at is None and self.anywhere else None
+        x, y = gathered(x, a) if idle_x else x, gathered(y, b) if idle_y else y
+        origin = centre(y)
+        x, y = x - origin, y - origin
+        at, there = (None if z is None else z - origin for z in (at, there))
         velocity = self._velocity(x, y, at, a, b, generator)
+        if there is not None:  # particles of weight zero have the velocity of the points where they are
+            velocity = torch.where((a > 0).unsqueeze(-1), velocity, self._velocity(x, y, there, a, b, generator))
         finite = torch.isfinite(velocity.detach()).all(-1)
         if not bool(finite.all()):
             raise FloatingPointError(f"{self} is too large for {x.dtype} at {int((~finite).sum())} points")
@@ -79,27 +95,50 @@ def log_kernel(x: Tensor, y: Tensor, h: float | Tensor, kernel: str = "gaussian"
     ValueError
         If the bandwidth is so small, or the points so far, that an exponent overflows (or a sum of a few would).
     """
-    centre = y.detach().mean(-2, keepdim=True)
-    H, p, q = affinity(x - centre, y - centre)
-    cost = -H if x.shape[-1] <= PLANE else (p.unsqueeze(-1) + q.unsqueeze(-2) - H).clamp_min(0)
-    if own and x.shape[-1] > PLANE:  # where rounding would leave a point at some distance from itself
-        cost = cost.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+    d, rounding = x.shape[-1], torch.finfo(x.dtype).eps
+    inner = d > PLANE
+    if inner:
+        origin = centre(y)
+        H, p, q = affinity(x - origin, y - origin)
+        # of the largest cost, beside the square of a length that hardly matters to the kernel
+        inner = bool(rounding * (p.amax() + q.amax()) < (2**-9 if kernel == "gaussian" else 2**-11) * _square(h))
+    if inner:
+        cost = (p.unsqueeze(-1) + q.unsqueeze(-2) - H).clamp_min(0)
+        if own:  # where rounding would leave a point at some distance from itself
+            cost = cost.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+    else:
+        cost = -affinity(x, y, d)[0]
     if kernel == "gaussian":
         exponent = cost / -(h * h)
     else:  # the root has no derivative at zero; a constant there has
         exponent = torch.where(cost > 0, (2 * cost.clamp_min(torch.finfo(x.dtype).tiny)).sqrt(), 0) / -h
+    shown = float(h) if not isinstance(h, Tensor) else float(h.min())
     if not float(exponent.detach().amin()) > -torch.finfo(x.dtype).max / 16:
-        shown = float(h) if not isinstance(h, Tensor) else float(h.min())
         furthest = (2 * float(cost.detach().amax())) ** 0.5
         raise ValueError(f"|x-y|/h overflows: h must be larger for points {furthest:.3g} apart, got {shown:g}")
+    if shown * LARGEST[x.dtype] < 1:
+        least = f"{1 / LARGEST[x.dtype]:g} for points in {x.dtype}"
+        raise ValueError(f"|x-y|/h overflows, or |x-y|^2 vanishes: h must be larger, at least {least}, got {shown:g}")
     return exponent
 
 
-def median_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Median distance between distinct points of both clouds, shape (…, 1, 1); one if all points coincide."""
+def _square(h: float | Tensor) -> float:
+    """The smallest bandwidth squared."""
+    return float(h.min()) ** 2 if isinstance(h, Tensor) else h * h
+
+
+def median_distance(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    """Median distance between distinct points of both clouds, shape (…, 1, 1); one if all points coincide.
+
+    Points of weight zero, if there are weights, do not count.
+    """
     z = torch.cat([x, y], -2).detach()
-    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").flatten(-2)
-    h = torch.where(distance > 0, distance, torch.nan).nanmedian(-1).values
+    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
+    counts = distance > 0
+    if a is not None and b is not None:
+        there = torch.cat([a, b], -1) > 0
+        counts &= there.unsqueeze(-1) & there.unsqueeze(-2)
+    h = torch.where(counts, distance, torch.nan).flatten(-2).nanmedian(-1).values
     return h.nan_to_num(1.0)[..., None, None]
 
 

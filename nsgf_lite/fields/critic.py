@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from nsgf_lite.fields.base import Warm
-from nsgf_lite.inputs import read_clouds, read_positive
-from nsgf_lite.networks import Residual, seeded
+from nsgf_lite.inputs import exact, read_clouds, read_generator, read_parameters
+from nsgf_lite.networks import Residual, evaluating, seeded, valued
 from nsgf_lite.training import Training, train
 
 # For D(q | p) = E_p f(q/p), in terms of the log ratio s: f'(e^s), and the conjugate there, e^s f'(e^s) - f(e^s).
@@ -73,8 +73,15 @@ class Critic:
         if self.divergence not in _FORMS:
             raise ValueError(f"divergence must be one of {', '.join(_FORMS)}, got {self.divergence!r}")
         if self.penalty != 0:
-            read_positive(penalty=self.penalty)
+            read_parameters(self, positive="penalty")
+        if self.make is not None and not callable(self.make):
+            raise ValueError(f"make must be None or a function make(d), got {self.make!r}")
+        if not isinstance(self.training, Training | None):
+            raise ValueError(f"training must be None or a Training, got {self.training!r}")
 
+    @exact
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         x: Tensor,
@@ -107,6 +114,10 @@ class Critic:
         if x.ndim != 2:
             raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
         self._read(x)
+        read_generator(generator)
+        if not isinstance(training, Training | None):
+            raise ValueError(f"training must be None or a Training, got {training!r}")
+        x, y = x.clone(), y.clone()  # which may have been made in inference mode, where nothing is differentiated
         training = training or self.training or Training(steps=200, rate=1e-3, decay=0, warmup=0, ema=0.0)
         chance = generator or torch.Generator(x.device).manual_seed(0)
         if self.network is None:
@@ -122,9 +133,9 @@ class Critic:
         def loss(network: nn.Module, step: int) -> Tensor:
             here, there = rows(x), rows(y)
             if not self.penalty:
-                return conjugate(network(there)).mean() - value(network(here)).mean()
+                return conjugate(_ratio(network, there)).mean() - value(_ratio(network, here)).mean()
             both = torch.cat([here, there]).requires_grad_()
-            s = network(both)
+            s = _ratio(network, both)
             (slope,) = torch.autograd.grad(s.sum(), both, create_graph=True)
             size = slope.square().sum(-1)
             gain = value(s[: len(here)]).mean() - conjugate(s[len(here) :]).mean()
@@ -166,6 +177,7 @@ class Critic:
             network.load_state_dict(weights)
             self.network = network
 
+    @exact
     def __call__(
         self,
         x: Tensor,
@@ -185,12 +197,17 @@ class Critic:
             raise ValueError("a and b must be None: the critic learns from points of equal weight")
         self._read(points)
         value, _ = _FORMS[self.divergence]
-        with torch.enable_grad():
-            z = points.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(value(self.network(z)).sum(), z)
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.network):
+            z = points.clone().detach().requires_grad_()
+            (slope,) = torch.autograd.grad(value(_ratio(self.network, z)).sum(), z)
         if not bool(torch.isfinite(slope).all()):
             raise FloatingPointError(
                 f"the critic's velocity is not finite at {int((~torch.isfinite(slope)).any(-1).sum())} points: it has "
                 f"diverged, or, where the density ratio is extreme, {self.divergence}'s first variation overflows"
             )
         return -slope
+
+
+def _ratio(network: nn.Module, z: Tensor) -> Tensor:
+    """Log ratio (n, 1) at the points z (n, d)."""
+    return valued(network(z), z, 1)

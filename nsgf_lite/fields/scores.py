@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, warn_underflow
-from nsgf_lite.inputs import read_counts, read_naturals, read_positive
+from nsgf_lite.inputs import read_parameters, read_positive
 
 
 def _mean_shift(exponent: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,36 +25,51 @@ class ScoreDifference(Formula):
     Parameters
     ----------
     h : float
-        Bandwidth of the kernel ``exp(-|x - y|^2 / (2 h^2))``, in units of length.
+        Bandwidth, in units of length, of the kernel ``exp(-|x - y|^2 / (2 h^2))``.
+    kernel : str
+        ``gaussian``; or ``laplace``, which weighs displacements with ``exp(-|x - y| / h)`` and normalises with the
+        kernel k that makes this a gradient, ``(1 + |x - y| / h) exp(-|x - y| / h)``.
 
     Raises
     ------
     ValueError
-        If h is not positive; when called, as :func:`nsgf_lite.potentials`, or if h is so small that ``|x-y|/h``
-        overflows.
+        If a parameter is out of range; when called, as :func:`nsgf_lite.potentials`, or if h is so small that
+        ``|x-y|/h`` overflows.
 
     Source
     ------
-    Deng et al. (2026), equation 8; the note on drifting (2026), equations 10 to 14.
+    Deng et al. (2026), equation 8; the note on drifting (2026), equations 10 to 14; Franz et al. (2026), sharp kernels.
 
     Used in
     -------
     :prf:ref:`thm-tweedie`, :prf:ref:`thm-score-difference-consistency`, :prf:ref:`thm-two-modes-scores`,
-    :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-kl-field-not-a-gradient`
+    :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-kl-field-not-a-gradient`, :prf:ref:`thm-smoothed-flow-any-kernel`
     """
 
     h: float
+    kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
-        read_positive(h=self.h)
+        read_parameters(self, positive="h")
+        if self.kernel not in ("gaussian", "laplace"):
+            raise ValueError(f"kernel must be 'gaussian' or 'laplace', got {self.kernel!r}")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
     ) -> Tensor:
         z = x if at is None else at
+        if self.kernel == "laplace":
+            return self._sharp(z, y, b, own=False) - self._sharp(z, x, a, own=at is None)
         towards, _ = _mean_shift(log_kernel(z, y, self.h) + b.log().unsqueeze(-2), y)
         away, _ = _mean_shift(log_kernel(z, x, self.h, own=at is None) + a.log().unsqueeze(-2), x)
         return towards - away
+
+    def _sharp(self, z: Tensor, points: Tensor, weights: Tensor, own: bool) -> Tensor:
+        """Displacements weighed with the Laplace kernel, over the sum of a kernel whose gradient that is."""
+        K, log_weights = log_kernel(z, points, self.h, "laplace", own), weights.log().unsqueeze(-2)
+        image, total = _mean_shift(K + log_weights, points)
+        log_sharp = torch.logsumexp(K + torch.log1p(-K) + log_weights, -1)
+        return torch.exp(total - log_sharp).unsqueeze(-1) * (image - z)
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,7 @@ class SmoothedKL(Formula):
     draws: int = 0
 
     def __post_init__(self) -> None:
-        read_positive(h=self.h)
-        read_counts(nodes=self.nodes)
-        read_naturals(draws=self.draws)
+        read_parameters(self, positive="h", counts="nodes", naturals="draws")
 
     def _noise(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """Standard normal vectors (k, d) and their weights (k,)."""
@@ -155,15 +168,15 @@ class SinkhornProxy(Formula):
     -------
     :prf:ref:`thm-cross-weighting`, :prf:ref:`thm-proxy-population`, :prf:ref:`thm-proxy-consistency`,
     :prf:ref:`thm-hub-suppression`, :prf:ref:`thm-symmetric-normalisation`, :prf:ref:`thm-far-mode`,
-    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`
+    :prf:ref:`thm-two-modes-proxy`, :prf:ref:`thm-mass-blindness`, :prf:ref:`thm-wedge`, :prf:ref:`thm-gaussian-curl`,
+    :prf:ref:`thm-one-shot-no-gradient`
     """
 
     eps: float
     iterations: int = 1
 
     def __post_init__(self) -> None:
-        read_positive(eps=self.eps)
-        read_counts(iterations=self.iterations)
+        read_parameters(self, positive="eps", counts="iterations")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
@@ -227,7 +240,8 @@ class Drift(Formula):
 
     Used in
     -------
-    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-affinity-floor`, :prf:ref:`thm-floor-rest`
+    :prf:ref:`thm-drift-is-proxy`, :prf:ref:`thm-one-shot-no-gradient`, :prf:ref:`thm-affinity-floor`,
+    :prf:ref:`thm-floor-rest`
     """
 
     temperatures: tuple[float, ...] = (0.05,)
@@ -239,14 +253,14 @@ class Drift(Formula):
     def __post_init__(self) -> None:
         if not isinstance(self.temperatures, tuple) or not self.temperatures:
             raise ValueError(f"temperatures must be a tuple of positive numbers, got {self.temperatures!r}")
-        for temperature in self.temperatures:
-            read_positive(temperatures=temperature)
+        taus = tuple(read_positive(temperatures=tau)[0] for tau in self.temperatures)
+        object.__setattr__(self, "temperatures", taus)
         if self.distance not in ("euclidean", "squared"):
             raise ValueError(f"distance must be 'euclidean' or 'squared', got {self.distance!r}")
         if self.normalisation not in ("concatenated", "separate"):
             raise ValueError(f"normalisation must be 'concatenated' or 'separate', got {self.normalisation!r}")
         if self.floor != 0:
-            read_positive(floor=self.floor)
+            read_parameters(self, positive="floor")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
@@ -272,7 +286,7 @@ class Drift(Formula):
         z = x if at is None else at
         kernel = "laplace" if self.distance == "euclidean" else "gaussian"
         h = temperature if self.distance == "euclidean" else temperature**0.5
-        many_x, many_y = (a * x.shape[-2]).log(), (b * y.shape[-2]).log()  # weights as multiplicities
+        many_x, many_y = ((w * (w > 0).sum(-1, keepdim=True)).log() for w in (a, b))  # weights as multiplicities
         from_y, from_x = log_kernel(x, y, h, kernel), log_kernel(x, x, h, kernel, own=True)
         if self.ignore_self:
             from_x = from_x.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), -torch.inf)
@@ -293,5 +307,4 @@ class Drift(Formula):
             warn_underflow((total_y + total_x).amax(-1), x, y)
             return torch.exp(total_y + total_x).unsqueeze(-1) * (towards - away)
         A_y, A_x = (A.exp().clamp_min(self.floor) * mass.exp() for A, mass in ((log_y, masses[0]), (log_x, masses[1])))
-        centre = y.detach().mean(-2, keepdim=True)  # the velocity does not depend on it; rounding does
-        return A_x.sum(-1, keepdim=True) * (A_y @ (y - centre)) - A_y.sum(-1, keepdim=True) * (A_x @ (x - centre))
+        return A_x.sum(-1, keepdim=True) * (A_y @ y) - A_y.sum(-1, keepdim=True) * (A_x @ x)

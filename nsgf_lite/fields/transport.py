@@ -7,8 +7,9 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, Warm
-from nsgf_lite.inputs import read_clouds, read_counts, read_weights
+from nsgf_lite.inputs import exact, read_clouds, read_generator, read_parameters, read_weights
 from nsgf_lite.transport.sinkhorn import barycentric_map
+from nsgf_lite.transport.solver import centre, gathered
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sinkhorn:
     Raises
     ------
     ValueError
-        When called, as :func:`nsgf_lite.potentials`.
+        If eps or tol is not positive; when called, as :func:`nsgf_lite.potentials`.
 
     Source
     ------
@@ -43,6 +44,9 @@ class Sinkhorn:
     eps: float
     tol: float = 1e-4
 
+    def __post_init__(self) -> None:
+        read_parameters(self, positive="eps tol")
+
     def __call__(
         self,
         x: Tensor,
@@ -57,7 +61,16 @@ class Sinkhorn:
 
         ``warm``, a dict, is read for potentials to start from and left with the new ones: keep one along a path.
         """
+        read_clouds(**{"x": x, "y": y} | ({} if at is None else {"points": at}))
+        read_generator(generator)
+        if warm is not None and not isinstance(warm, dict):
+            raise ValueError(f"warm must be a dict, got {type(warm).__name__}")
         memory: Warm = {} if warm is None else warm
+        # both images may be far from zero, and near each other
+        weights = None if b is None else read_weights("b", b, y)
+        origin = centre(y if weights is None or bool((weights > 0).all()) else gathered(y, weights))
+        moved = x - origin
+        x, y, at = moved, moved if y is x else y - origin, None if at is None else at - origin
 
         def images(role: str, z: Tensor, weights: Tensor | None) -> Tensor:
             T = barycentric_map(x, z, self.eps, a, weights, tol=self.tol, init=memory.get(role))
@@ -101,7 +114,11 @@ class Wasserstein:
         """Velocity (n, d) of the particles x (n, d) towards the data y (m, d); particles of weight zero rest."""
         if at is not None:
             raise ValueError("at must be None: the exact plan gives a velocity at the particles only")
+        read_generator(generator)
         P = exact_plan(x, y, a, b)
+        y = y if b is None else gathered(y, read_weights("b", b, y))
+        origin = centre(y)
+        x, y = x - origin, y - origin
         mass = P.sum(1, keepdim=True)
         return torch.where(mass > 0, P @ y.to(P) / mass.clamp_min(1e-300) - x.to(P), 0.0).to(x)
 
@@ -134,9 +151,10 @@ class SlicedWasserstein(Formula):
     """
 
     directions: int = 64
+    anywhere = False
 
     def __post_init__(self) -> None:
-        read_counts(directions=self.directions)
+        read_parameters(self, counts="directions")
 
     def _velocity(
         self, x: Tensor, y: Tensor, at: Tensor | None, a: Tensor, b: Tensor, generator: Generator | None
@@ -176,6 +194,7 @@ def _images_on_line(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.zeros_like(u).scatter(-1, order_u, images.to(u.dtype))
 
 
+@exact
 def exact_plan(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """Optimal coupling (n, m) for the squared distance, in float64 on the CPU, by POT's network simplex.
 
@@ -191,12 +210,14 @@ def exact_plan(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None =
     read_clouds(x=x, y=y)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (n, d), one cloud, got {tuple(x.shape)}")
-    a, b = read_weights("a", a, x), read_weights("b", b, y)
-    X, Y, a, b = (t.detach().double().cpu() for t in (x, y, a, b))
-    plan = ot.emd(
-        (a / a.sum()).numpy(),
-        (b / b.sum()).numpy(),
-        torch.cdist(X, Y, compute_mode="donot_use_mm_for_euclid_dist").square().numpy(),
-        numItermax=10_000_000,
-    )
-    return torch.from_numpy(plan).to(x.device)
+    a, b, device = read_weights("a", a, x), read_weights("b", b, y), x.device
+    x, y, a, b = (t.detach().double().cpu() for t in (x, y, a, b))
+    # The plan is that of minus the inner products, which are small where points are near the centre: a far point leaves
+    # the rest accurate. The simplex has tolerances that suppose costs of order one: hence the unit.
+    x, y = (gathered(z, w) for z, w in ((x, a), (y, b)))
+    origin = centre(y)
+    x, y = x - origin, y - origin
+    size = torch.cat([x, y]).norm(dim=1)
+    unit = size.median() if size.median() > 0 else size.amax().clamp_min(1e-300)
+    plan = ot.emd((a / a.sum()).numpy(), (b / b.sum()).numpy(), -((x / unit) @ (y / unit).T).numpy(), 10_000_000)
+    return torch.from_numpy(plan).to(device)

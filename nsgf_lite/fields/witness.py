@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Formula, log_kernel, median_distance, warn_underflow
-from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.transport.sinkhorn import ConvergenceWarning, _outside
+from nsgf_lite.inputs import read_clouds, read_parameters, read_positive
+from nsgf_lite.transport.problem import ConvergenceWarning, _outside
+from nsgf_lite.transport.solver import centre
 
 Bandwidth = float | tuple[float, ...] | None
 
@@ -45,19 +46,23 @@ class Kernel:
     def __post_init__(self) -> None:
         if self.kernel not in ("gaussian", "laplace"):
             raise ValueError(f"kernel must be 'gaussian' or 'laplace', got {self.kernel!r}")
-        if self.h == ():
+        if isinstance(self.h, tuple) and not self.h:
             raise ValueError("h must name at least one bandwidth, got ()")
-        for h in () if self.h is None else self.h if isinstance(self.h, tuple) else (self.h,):
-            read_positive(h=h)
+        if isinstance(self.h, tuple):
+            object.__setattr__(self, "h", tuple(read_positive(h=h)[0] for h in self.h))
+        elif self.h is not None:
+            read_parameters(self, positive="h")
 
-    def widths(self, x: Tensor, y: Tensor) -> list[float | Tensor]:
+    def widths(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> list[float | Tensor]:
         """The bandwidths to sum over; for a batch, the median heuristic gives one for each problem."""
         if self.h is None:
-            return [median_distance(x, y).squeeze() if x.ndim == 2 else median_distance(x, y)]
+            h = median_distance(x, y, a, b)
+            return [h.squeeze() if x.ndim == 2 else h]
         return list(self.h) if isinstance(self.h, tuple) else [self.h]
 
     def gram(self, x: Tensor, y: Tensor, widths: list[float | Tensor], own: bool = False) -> Tensor:
         """Values k(x_i, y_j), shape (…, n, m)."""
+        read_clouds(x=x, y=y)
         return torch.stack([log_kernel(x, y, h, self.kernel, own).exp() for h in widths]).sum(0)
 
     def descend(
@@ -65,8 +70,8 @@ class Kernel:
     ) -> tuple[Tensor, Tensor]:
         """Minus the gradient of ``Σ_l c_l k(·, atoms_l)`` at z (…, k, d), zero at a Laplace kernel's kink; and the
         largest exponent of each problem."""
-        centre = atoms.detach().mean(-2, keepdim=True)
-        z, atoms = z - centre, atoms - centre
+        origin = centre(atoms)
+        z, atoms = z - origin, atoms - origin
         velocity, largest = torch.zeros_like(z), z.new_full(z.shape[:-2], -torch.inf)
         for h in widths:
             E = log_kernel(z, atoms, h, self.kernel, own)
@@ -92,7 +97,7 @@ class _Witness(Formula):
         z = points
         if self.double:
             x, y, z, a, b = (t.double() for t in (x, y, z, a, b))
-        widths = kernel.widths(x, y)
+        widths = kernel.widths(x, y, a, b)
         alpha, scale = self._coefficients(kernel, widths, x, y, a, b)
         towards, largest = kernel.descend(z, y, alpha, widths)
         away, _ = kernel.descend(z, x, a, widths, own=at is None)
@@ -135,7 +140,7 @@ class MMD(_Witness):
     kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
@@ -178,8 +183,8 @@ class DrMMD(_Witness):
     double = True
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
-        read_positive(lam=self.lam)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
+        read_parameters(self, positive="lam")
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
@@ -247,34 +252,37 @@ class KALE(_Witness):
     double = True
 
     def __post_init__(self) -> None:
-        Kernel(self.h, self.kernel)
-        read_positive(lam=self.lam, tol=self.tol)
-        read_counts(max_iter=self.max_iter)
+        object.__setattr__(self, "h", Kernel(self.h, self.kernel).h)
+        read_parameters(self, positive="lam tol", counts="max_iter")
 
     def _coefficients(
         self, kernel: Kernel, widths: list[float | Tensor], x: Tensor, y: Tensor, a: Tensor, b: Tensor
     ) -> tuple[Tensor, float]:
         # Every iterate is h = (s m_q - Σ_j β_j k(·, y_j)) / λ, and s and β are all there is to know of it.
+        K, A = kernel.gram(y, y, widths, own=True), a.unsqueeze(-1)
+        crowd = (kernel.gram(y, x, widths) @ A).squeeze(-1)
+        alone = (A.mT @ kernel.gram(x, x, widths, own=True) @ A).squeeze(-1).squeeze(-1)
+
+        def look(s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+            """Values h(y) and the objective."""
+            data = (K @ beta.unsqueeze(-1)).squeeze(-1)
+            at_y = (s.unsqueeze(-1) * crowd - data) / self.lam
+            cross = (beta * crowd).sum(-1)
+            norm = (s * s * alone - 2 * s * cross + (beta * data).sum(-1)) / self.lam / self.lam
+            gain = (s * alone - cross) / self.lam - (b * at_y.exp()).sum(-1) - self.lam / 2 * norm
+            return at_y, gain
+
+        def newton(at_y: Tensor) -> tuple[Tensor, Tensor]:
+            """Masses of the data under e^h, and Newton's step on the data."""
+            mass = b * at_y.exp()
+            rise = crowd - (K @ mass.unsqueeze(-1)).squeeze(-1) - self.lam * at_y  # the gradient, on the data
+            return mass, solve_ridge(K, mass.sqrt(), rise, self.lam)
+
         with torch.no_grad():
-            K, A = kernel.gram(y, y, widths, own=True), a.unsqueeze(-1)
-            crowd = (kernel.gram(y, x, widths) @ A).squeeze(-1)
-            alone = (A.mT @ kernel.gram(x, x, widths, own=True) @ A).squeeze(-1).squeeze(-1)
             s, beta = torch.zeros_like(alone), torch.zeros_like(b)
-
-            def look(s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-                """Values h(y) and the objective."""
-                data = (K @ beta.unsqueeze(-1)).squeeze(-1)
-                at_y = (s.unsqueeze(-1) * crowd - data) / self.lam
-                cross = (beta * crowd).sum(-1)
-                norm = (s * s * alone - 2 * s * cross + (beta * data).sum(-1)) / self.lam**2
-                gain = (s * alone - cross) / self.lam - (b * at_y.exp()).sum(-1) - self.lam / 2 * norm
-                return at_y, gain
-
             at_y, value = look(s, beta)
             for _ in range(self.max_iter):
-                mass = b * at_y.exp()
-                rise = crowd - (K @ mass.unsqueeze(-1)).squeeze(-1) - self.lam * at_y  # the gradient, on the data
-                step = solve_ridge(K, mass.sqrt(), rise, self.lam)
+                mass, step = newton(at_y)
                 to_s, to_beta = 1 - s, mass * (1 + step) - beta
                 # <gradient, step> = E_q step - E_p e^h step - λ<h, step>, each term by the reproducing property
                 at_q = (to_s * alone - (to_beta * crowd).sum(-1)) / self.lam
@@ -297,5 +305,7 @@ class KALE(_Witness):
                     ConvergenceWarning,
                     stacklevel=_outside(),
                 )
+        if crowd.requires_grad or K.requires_grad:  # Newton's step from the solution has the solution's derivative
+            mass, step = newton(look(s, beta)[0])
         # The last whole step: it makes s one, so that the particles enter with their weights.
         return -mass * (1 + step), (1 + self.lam) / self.lam

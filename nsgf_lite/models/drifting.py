@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.fields import Critic, Field
 from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.networks import Stack
+from nsgf_lite.networks import Stack, evaluating
 from nsgf_lite.toy import Gaussian
 from nsgf_lite.training import Part, Training, machine
 from nsgf_lite.training import train as run
@@ -110,8 +110,8 @@ def train(
     m = training.batch if data is None else data
     read_counts(data=m)
     read_positive(step=step)
-    accelerator = machine()
-    chance = Generator(accelerator.device).manual_seed(seed + 1_000_003 * accelerator.process_index)
+    where = machine()
+    chance = Generator(where.device).manual_seed(seed + 1_000_003 * where.process_index)
     source, stream = _noise(noise), Stream("target", target)
     if source.classes or stream.classes:
         raise ValueError("noise and target must be of one class: a one-step generator takes no labels")
@@ -175,7 +175,7 @@ def train(
         training,
         chance,
         parts=parts,
-        identity={
+        identity=lambda: {
             "field": [[described(f), len(list(members))] for f, members in groupby(fields)],
             "data": [repr(source), repr(stream), m],
             "step": step,
@@ -185,7 +185,7 @@ def train(
         checkpoint=checkpoint,
         progress=progress,
         name="drifting",
-        accelerator=accelerator,
+        where=where,
     )
 
 
@@ -217,4 +217,5 @@ def sample(generator: nn.Module, n: int, noise: Any = 2, *, chance: Generator | 
     device = next(generator.parameters()).device
     chance = chance or Generator(device).manual_seed(0)
     z = _noise(noise).many(n, chance).to(device)
-    return generator(z.expand(generator.size, *z.shape) if isinstance(generator, Stack) else z)
+    with evaluating(generator):
+        return generator(z.expand(generator.size, *z.shape) if isinstance(generator, Stack) else z)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_counts, read_positive
 from nsgf_lite.models.flow import Flow, NetworkFactory, call
-from nsgf_lite.networks import MLP
+from nsgf_lite.networks import MLP, evaluating
 from nsgf_lite.training import Training, machine, train
 
 
@@ -64,6 +64,7 @@ class EPT(Flow):
         read_positive(step=self.step, longest=self.longest)
         read_counts(steps=self.steps, particles=self.particles)
 
+    @torch.inference_mode(False)
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
         super()._make(generator, points)
         self.kept = [copy.deepcopy(self.velocity) for _ in range(self.steps)]
@@ -85,8 +86,8 @@ class EPT(Flow):
         inner = training.steps // self.steps
         if inner == 0:
             raise ValueError(f"training must have at least {self.steps} steps, one a move, got {training.steps}")
-        accelerator = machine()
-        device = accelerator.device
+        where = machine()
+        device = where.device
         generator = torch.Generator(device).manual_seed(seed)
         network = self.prepare(source, target, training, generator)
         if self.classes:
@@ -108,11 +109,11 @@ class EPT(Flow):
             training,
             generator,
             parts={**self._parts(), "crowd": crowd, "kept": Kept(self.kept)},
-            identity={"models": self.hyperparameters(), "data": [repr(self.source), repr(self.target)], "seeds": seed},
+            identity=lambda: {"models": self.hyperparameters(), "data": self._data(), "seeds": seed},
             checkpoint=checkpoint,
             progress=progress,
             name="EPT",
-            accelerator=accelerator,
+            where=where,
         )
         if training.steps == inner * self.steps:
             self.kept[-1].load_state_dict(network.state_dict())
@@ -125,10 +126,10 @@ class EPT(Flow):
 
     def _displacement(self, x: Tensor, k: int) -> Tensor:
         """Move (n, d) of the points in step k: minus the gradient of the log-ratio, times the step, not too long."""
-        with torch.enable_grad():
-            z = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(_ratio(self.kept[k], z).sum(), z)
         network = self.kept[k]
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(network):
+            z = x.clone().detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(_ratio(network, z).sum(), z)
         longest = self.longest * (network.spread if isinstance(network, MLP) else 1.0)
         length = self.step * gradient.norm(dim=1, keepdim=True)
         return -self.step * gradient * (longest / length.clamp_min(1e-12)).clamp_max(1)
@@ -160,7 +161,7 @@ class EPT(Flow):
 
 def _ratio(network: nn.Module, x: Tensor) -> Tensor:
     """Estimate of ``log(q/p)`` (n,) at the points x (n, d)."""
-    return call(network, x, x.new_zeros(len(x)), None)[:, 0]
+    return call(network, x, x.new_zeros(len(x)), None, 1)[:, 0]
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_clouds, read_counts
-from nsgf_lite.networks import MLP, call, seeded
+from nsgf_lite.networks import MLP, call, evaluating, seeded
 from nsgf_lite.particles import METHODS, advance
 from nsgf_lite.training import Part, Stream, Training, checkpoints, described, fit_together, json_like
 from nsgf_lite.training.together import Batch
@@ -61,6 +61,10 @@ class Flow:
     def _saved(self) -> None:
         """A checkpoint has been written."""
 
+    def _data(self) -> list[str]:
+        """What a checkpoint remembers of the data."""
+        return [repr(self.source), repr(self.target)]
+
     # --- what all share -------------------------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, object]:
@@ -91,6 +95,7 @@ class Flow:
                 raise ValueError(f"{name} has dimension {points.shape[1]} and target {self.dimension}")
         return self._make(generator, torch.cat(first))
 
+    @torch.inference_mode(False)  # in which no gradient could ever be taken of the network
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
         make = getattr(self, "network", None) or (lambda d, classes: MLP(d, out=self.outputs, classes=classes))
         self.velocity = seeded(lambda: make(self.dimension, self.classes), generator).to(generator.device)
@@ -117,7 +122,7 @@ class Flow:
         training : Training
             The budget.
         seed : int
-            All chance of the run.
+            All chance of the run: the same bits again on one machine with one number of threads.
         checkpoint : path
             File to resume from and to write; see :func:`nsgf_lite.training.train`.
         progress : bool
@@ -126,7 +131,10 @@ class Flow:
         Raises
         ------
         ValueError
-            If the data do not fit one another or the minibatch, or the checkpoint is another run's.
+            If the data do not fit one another or the minibatch, the network returns anything but velocities, or the
+            checkpoint is another run's.
+        OSError
+            If another run is at work on the checkpoint, or it cannot be written.
         FloatingPointError
             If the run diverges; the message says at which step.
         """
@@ -190,6 +198,7 @@ class Flow:
         """Number of network evaluations that each sample costs; arguments as in :meth:`sample`."""
         if solver not in METHODS:
             raise ValueError(f"solver must be one of {', '.join(METHODS)}, got {solver!r}")
+        read_counts(steps=steps)
         return steps * (len(METHODS[solver]) - 1)
 
     def _start(
@@ -222,10 +231,10 @@ class Flow:
         return x, labels
 
     def _at(self, x: Tensor, t: float | Tensor, labels: Tensor | None) -> Tensor:
-        """Velocity of the points x at the time t, one number or one for each point, (n, 1)."""
-        return call(
-            self.velocity, x, torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x), 1)[:, 0], labels
-        )
+        """Velocity of the points x, in evaluation mode, at the time t, one number or one for each point, (n, 1)."""
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x), 1)[:, 0]
+        with evaluating(self.velocity):
+            return call(self.velocity, x, times, labels)
 
     # --- files ----------------------------------------------------------------------------------------------------
 

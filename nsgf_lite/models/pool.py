@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from nsgf_lite.fields.base import Field, Warm
-from nsgf_lite.inputs import read_clouds, read_counts, read_positive
+from nsgf_lite.inputs import read_clouds, read_counts, read_flags, read_positive
 from nsgf_lite.training import checkpoints
 
 
@@ -64,15 +64,17 @@ class Pool:
         Keep them on disk, a file for each minibatch, mapped into memory when read; None for in memory. The folder is
         the pool's own; a new pool deletes the minibatches that an older one left there.
     half : bool
-        Store in half precision: half the size, three digits.
+        Store in half precision: half the size, and three digits, in any unit and far from the origin: of each
+        minibatch's positions about their mean, and of its velocities, in units of the largest.
 
     Raises
     ------
     ValueError
-        If capacity is not a positive integer; when minibatches of another shape are added; when half precision cannot
-        hold a number; when a file of a resumed pool is missing or damaged.
+        If capacity is not a positive integer, half is not a flag, or the folder is a file; when minibatches of another
+        shape are added, or such as are not finite; when a file of a resumed pool is missing, damaged, of another run,
+        or in another's place.
     OSError
-        If the disk is full.
+        If the disk is full, or the folder cannot be written.
 
     Source
     ------
@@ -85,12 +87,19 @@ class Pool:
 
     def __init__(self, capacity: int, folder: str | Path | None = None, half: bool = False) -> None:
         read_counts(capacity=capacity)
+        read_flags(half=half)
         self.capacity, self.folder, self.half = capacity, None if folder is None else Path(folder), half
         if self.folder is not None:
+            if self.folder.is_file():
+                raise ValueError(f"folder must be a folder, and {self.folder} is a file")
             self.folder.mkdir(parents=True, exist_ok=True)
         self.added = 0
         self._x, self._v, self._label = torch.empty(0), torch.empty(0), torch.zeros(capacity, dtype=torch.int64)
+        self._frame = torch.empty(
+            0
+        )  # of each minibatch in half precision: mean (d,), units of positions, of velocities
         self._files: dict[int, tuple[Tensor, Tensor]] = {}
+        self._marks = torch.zeros(capacity, 16, dtype=torch.uint8)  # hashes of the files
         self._retired: list[Path] = []
         self._shape: tuple[int, ...] = ()
 
@@ -120,14 +129,25 @@ class Pool:
         shape = (x.shape[0], *x.shape[2:])
         if self._shape and shape != self._shape:
             raise ValueError(f"minibatches must have (steps, n, d) = {self._shape} as the pool's, got {shape}")
-        x, v = (part.to(torch.float16 if self.half else torch.float32) for part in (x, v))
+        x, v = x.float(), v.float()
         if not all(bool(torch.isfinite(part).all()) for part in (x, v)):
-            raise ValueError("x and v must be finite" + (", also in half precision" if self.half else ""))
+            raise ValueError("x and v must be finite in float32, got NaN or inf")
         self._shape = shape
         for k in range(x.shape[1]):
-            self._put(self.added % self.capacity, (x[:, k], v[:, k]))
+            slot = self.added % self.capacity
+            self._put(slot, self._halved(slot, x[:, k], v[:, k]) if self.half else (x[:, k], v[:, k]))
             self._label[self.added % self.capacity] = 0 if labels is None else int(labels[k])
             self.added += 1
+
+    def _halved(self, slot: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One minibatch in half precision, from -1 to 1, and its frame kept."""
+        if not self._frame.numel():
+            self._frame = x.new_zeros(self.capacity, x.shape[-1] + 2)
+        mean = x.mean((0, 1))
+        x = x - mean
+        units = torch.stack([part.abs().amax() for part in (x, v)]).clamp_min(torch.finfo(torch.float32).tiny)
+        self._frame[slot] = torch.cat([mean, units])
+        return (x / units[0]).half(), (v / units[1]).half()
 
     def _put(self, slot: int, block: tuple[Tensor, Tensor]) -> None:
         if self.folder is None:
@@ -137,7 +157,8 @@ class Pool:
             return
         if not self.added:  # a new run: what another left in the folder is not its own
             self._clear(range(0))
-        checkpoints.write(self._file(self.added), {"x": block[0], "v": block[1]}, {"minibatch": self.added})
+        mark = checkpoints.write(self._file(self.added), {"x": block[0], "v": block[1]}, {"minibatch": self.added})
+        self._marks[slot] = torch.tensor(list(bytes.fromhex(mark)))
         self._map(self.added)
         if self.added >= self.capacity:
             self._retired.append(self._file(self.added - self.capacity))
@@ -147,13 +168,15 @@ class Pool:
         return self.folder / f"minibatch-{number:08d}.safetensors"
 
     def _map(self, number: int) -> None:
-        tensors, _ = checkpoints.read(self._file(number))
-        self._files[number % self.capacity] = tensors["x"], tensors["v"]
+        slot = number % self.capacity
+        mark = bytes(self._marks[slot].tolist()).hex()
+        tensors, _ = checkpoints.read(self._file(number), mapped=True, mark=mark)
+        self._files[slot] = tensors["x"], tensors["v"]
 
     def _clear(self, kept: range) -> None:
         """Delete the files of all minibatches but these, and drafts."""
         assert self.folder is not None
-        checkpoints.sweep(self.folder / "minibatch-*")
+        checkpoints.sweep(self.folder, "minibatch-*")
         names = set(map(self._file, kept))
         for path in self.folder.glob("minibatch-*.safetensors"):
             if path not in names:
@@ -187,25 +210,30 @@ class Pool:
                 for out, part in zip((x, v), self._files[k], strict=True):
                     out[home == k] = part.view(-1, d)[inside[home == k]].float()
         label = self._label.to(slot.device)[slot]
-        return x.to(row.device, torch.float32), step, v.to(row.device, torch.float32), label
+        x, v = x.to(row.device, torch.float32), v.to(row.device, torch.float32)
+        if self.half:
+            mean, unit, pace = self._frame.to(row.device)[slot].split([d, 1, 1], -1)
+            x, v = x * unit + mean, v * pace
+        return x, step, v, label
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, if in memory; on disk, the numbers of the minibatches, whose files stay where they are."""
-        state = {"added": torch.tensor(self.added), "label": self._label.clone()}
+        """Everything, if in memory; on disk, numbers and hashes of the minibatches, whose files stay where they are."""
+        state = {"added": torch.tensor(self.added), "label": self._label.clone(), "frame": self._frame}
         state["shape"] = torch.tensor(self._shape or (0, 0, 0))
-        return state if self.folder is not None else state | {"x": self._x, "v": self._v}
+        return state | ({"x": self._x, "v": self._v} if self.folder is None else {"marks": self._marks.clone()})
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take up :meth:`state`; files written after it are dropped."""
         if (self.folder is None) != ("x" in state):
             there = "in memory" if "x" in state else "on disk"
             raise ValueError(f"the checkpoint's pool is {there}, this one is not: see folder=")
-        self.added, self._label = int(state["added"]), state["label"]
+        self.added, self._label, self._frame = int(state["added"]), state["label"], state["frame"]
         self._shape = tuple(state["shape"].tolist()) if self.added else ()
         self._files, self._retired = {}, []
         if self.folder is None:
             self._x, self._v = state["x"], state["v"]
             return
+        self._marks = state["marks"]
         wanted = range(max(0, self.added - self.capacity), self.added)
         self._clear(wanted)
         for number in wanted:

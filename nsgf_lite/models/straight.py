@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from nsgf_lite.inputs import read_counts
 from nsgf_lite.models.flow import Batch, Flow, NetworkFactory
 from nsgf_lite.training import Part, Training
+from nsgf_lite.training.checkpoints import hash_of
 
 
 class Table:
@@ -230,6 +231,10 @@ class RectifiedFlow(Interpolant):
         """As :meth:`Flow.hyperparameters`, with the teacher's in place of the teacher."""
         mine = super().hyperparameters()
         return {**mine, "teacher": None if self.teacher is None else self.teacher.hyperparameters()}
+
+    def _data(self) -> list[str]:
+        weights = self.teacher.networks() if self.teacher is not None else {}
+        return super()._data() + [f"{name} of hash {hash_of(net.state_dict())}" for name, net in weights.items()]
 
     def _begin(self, generator: Generator) -> None:
         if self.teacher is None:

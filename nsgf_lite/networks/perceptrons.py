@@ -1,7 +1,9 @@
 """Networks of points and times: one multilayer perceptron for every model, one residual network for one step."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -10,6 +12,15 @@ from torch import Generator, Tensor, nn
 from nsgf_lite.inputs import read_clouds, read_counts, read_naturals
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_lent = threading.RLock()
+
+
+@contextmanager
+def lent_chance(devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Torch's global generators, for one thread at a time, and put back as they were: the CPU's and the devices'."""
+    with _lent, torch.random.fork_rng(devices):
+        yield
 
 
 def seeded(make: Callable[[], Module], generator: Generator) -> Module:
@@ -20,7 +31,7 @@ def seeded(make: Callable[[], Module], generator: Generator) -> Module:
     :meth:`nsgf_lite.Flow.fit`
     """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
+    with lent_chance(), torch.inference_mode(False):  # weights made in inference mode could never be trained
         torch.manual_seed(seed)
         return make()
 
@@ -96,10 +107,24 @@ class MLP(nn.Module):
         """Set centre and spread to the mean and the root mean square deviation of the points x (n, d)."""
         _standardise(self.centre, self.spread, x=x)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Value (n, d) or (n, out) at points x (n, d) and times t (n,), for the labels (n,) if there are classes."""
+    def read_labels(self, label: Tensor | None = None) -> None:
+        """Check that the labels are such as the network was made for; ValueError if not."""
         if (label is None) != (self.classes == 0):
             raise ValueError(f"a label is {'missing' if label is None else 'not wanted'}: classes = {self.classes}")
+        if label is None:
+            return
+        if label.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise ValueError(f"label must be integers, got {label.dtype}")
+        try:
+            wrong = bool(((label < 0) | (label >= self.classes)).any())
+        except RuntimeError:  # one member's slice of a stack, which has read them all
+            return
+        if wrong:
+            raise ValueError(f"label must be from 0 to {self.classes - 1}, got {label.min()} to {label.max()}")
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Value (n, d) or (n, out) at points x (n, d) and times t (n,), for the labels (n,) if there are classes."""
+        self.read_labels(label)
         angle = math.pi * t.unsqueeze(-1) * torch.arange(1, self.frequencies + 1, device=x.device, dtype=x.dtype)
         code = [(x - self.centre) / self.spread, t.unsqueeze(-1), angle.cos(), angle.sin()]
         if label is not None:
@@ -161,6 +186,34 @@ class Residual(nn.Module):
         return self.last(h) * self.spread + self.centre
 
 
-def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """The network's value, with the labels only if there are some."""
-    return network(x, t) if labels is None else network(x, t, labels)
+def valued(value: object, x: Tensor, out: int | None) -> Tensor:
+    """What a network returned at points x: of shape (…, n, out), or of the points' own if out is None.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else: one number for each point would be added to all of its coordinates.
+    """
+    need = (*x.shape[:-1], x.shape[-1] if out is None else out)
+    if isinstance(value, Tensor) and value.shape == need:
+        return value
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"the network must return a tensor of shape {need} at points of {tuple(x.shape)}, got {got}")
+
+
+def call(network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None, out: int | None = None) -> Tensor:
+    """The network's value, as :func:`valued` checks it, with the labels only if there are some."""
+    return valued(network(x, t) if labels is None else network(x, t, labels), x, out)
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks in evaluation mode: no dropout, and running statistics stay; afterwards each part as it was."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from nsgf_lite.networks.perceptrons import MLP
+
 
 class Stack(nn.Module):
     """Equal networks as one, whose tensors carry a leading axis of members: a row of a table trains in one sweep.
@@ -43,6 +45,8 @@ class Stack(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Values of all members, each on its slice of the leading axis."""
         skeleton = self._skeleton[0]
+        if isinstance(skeleton, MLP):  # here, where all labels are seen, and not within the members
+            skeleton.read_labels(*inputs[2:])
 
         def one(state: dict[str, Tensor], *slices: Tensor) -> Tensor:
             return functional_call(skeleton, state, slices)

@@ -1,14 +1,13 @@
 """One training loop for every model: warm-up, decay, clipping, averaged weights, checkpoints that resume to the bit."""
 
-import json
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from nsgf_lite.inputs import read_counts, read_naturals, read_positive
 from nsgf_lite.networks import Stack
 from nsgf_lite.training import checkpoints
+from nsgf_lite.training.machines import Machine, chance_of_dropout, machine
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class Training:
 
 
 class Part(Protocol):
-    """What a training draws on and a checkpoint must remember: a pool, a data loader, a population of particles."""
+    """What a training draws on and a checkpoint must remember: a pool, a data loader, a population of particles.
+
+    One that keeps files has an attribute `folder`, which the training holds as it holds the checkpoint.
+    """
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs."""
@@ -108,19 +111,6 @@ class Chance:
         self.generator.set_state(state["state"])
 
 
-def machine() -> Accelerator:
-    """CUDA if there is some, else the CPU: Apple's MPS lacks the float64 that the solver needs."""
-    return Accelerator(cpu=not torch.cuda.is_available())
-
-
-def _nested(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": value for name, value in tensors.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
-
-
 def train(
     network: nn.Module,
     loss: Callable[[nn.Module, int], Tensor],
@@ -129,14 +119,17 @@ def train(
     *,
     start: Callable[[], None] = lambda: None,
     parts: dict[str, Part] | None = None,
-    identity: dict[str, object] | None = None,
+    identity: Callable[[], dict[str, object]] = dict,
     checkpoint: str | Path | None = None,
     saved: Callable[[], None] = lambda: None,
     progress: bool = True,
     name: str = "train",
-    accelerator: Accelerator | None = None,
+    where: Machine | None = None,
 ) -> list[float]:
     """Train the network in place, leave the averaged weights in it, and return the losses, means over 100 steps.
+
+    The same seed gives the same bits, interrupted or not, on one machine with one number of threads; another number
+    adds in another order. The network is left in evaluation mode.
 
     Parameters
     ----------
@@ -147,13 +140,14 @@ def train(
     training : Training
         The budget.
     generator : Generator
-        All chance of the run, on the device of the run.
+        All chance of the run, on the device of the run; its seed is also that of dropout.
     start : callable
         Called before the first step of a new run (a pool is filled there); not when a checkpoint is taken up.
     parts : dict of Part
         Whatever else changes during the run.
-    identity : dict
-        Hyperparameters, in JSON's terms; a checkpoint made under others is refused.
+    identity : callable
+        Gives what the run is of, hyperparameters and data, in JSON's terms. A checkpoint made of another is refused,
+        and so is one made by other code of this library.
     checkpoint : path
         File to write every ``training.every`` steps and at the end, and to resume from if it is there. Other processes
         than the first add their number to the name.
@@ -161,14 +155,16 @@ def train(
         Called after each checkpoint, or where one would have been: what only older ones need may go.
     progress : bool
         Show a progress bar with the loss.
-    accelerator : Accelerator
+    where : Machine
         Device and processes; by default what Accelerate finds, CUDA or the CPU.
 
     Raises
     ------
     ValueError
-        If the checkpoint is damaged, or was made under other hyperparameters or for another network, or the processes'
-        checkpoints are not of the same step.
+        If the checkpoint is damaged, or was made under other hyperparameters, of other data or for another network, or
+        the processes' checkpoints are not of the same step; if the checkpoint is a folder.
+    OSError
+        If another run is at work on the checkpoint or the folder of a part, or they cannot be written: before any work.
     FloatingPointError
         If the loss is NaN or infinite; the message says at which step.
 
@@ -176,92 +172,119 @@ def train(
     -------
     :func:`nsgf_lite.fit_together`
     """
-    accelerator = accelerator or machine()
-    rank = accelerator.process_index
+    where, parts = where or machine(), parts or {}
+    rank = where.process_index
     file = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if rank else checkpoint)
-    identity = {**(identity or {}), "training": asdict(training), "processes": accelerator.num_processes}
-    parts = parts or {}
-    network.to(accelerator.device)
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(training.ema))
-    optimizer = torch.optim.Adam(network.parameters(), lr=training.rate, fused=True)
-    wrapped, fast = accelerator.prepare(network, optimizer)
-    losses: list[float] = []
-    recent: list[float] = []
-    done = 0
+    with ExitStack() as to_the_end:
+        if file is not None:
+            to_the_end.enter_context(checkpoints.held(file))
+        for folder in (getattr(part, "folder", None) for part in parts.values()):
+            if folder is not None:
+                to_the_end.enter_context(checkpoints.held(folder, folder=True))
+        to_the_end.enter_context(torch.inference_mode(False))
+        to_the_end.enter_context(torch.enable_grad())
+        run = _Run(network.to(where.device).train(), training, generator, parts)
+        wrapped = where.shared(network)
+        whose: dict[str, object] = {}
+        if file is not None:
+            whose = identity() | {"training": asdict(training), "processes": where.num_processes}
+            whose["code"] = checkpoints.code()
+        if file is not None and file.exists():
+            run.resume(file, whose)
+        else:
+            start()
+        at = where.all_of(run.done)
+        if len(set(at)) > 1:
+            raise ValueError(f"the processes' checkpoints {checkpoint}, {checkpoint}.1, … are of different steps, {at}")
+        with tqdm(total=training.steps, initial=run.done, desc=name, disable=not progress or rank > 0) as bar:
+            for step in range(run.done, training.steps):
+                with chance_of_dropout(network, generator, step):
+                    run.advance(loss(wrapped, step), name)
+                if not run.recent:
+                    bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
+                bar.update()
+                if run.done % training.every == 0 or run.done == training.steps:
+                    if file is not None:
+                        checkpoints.write(file, *run.state(whose))
+                    saved()
+    if training.ema:
+        network.load_state_dict(run.ema.module.state_dict())
+    network.eval()
+    return run.losses
 
-    def state() -> tuple[dict[str, Tensor], dict[str, object]]:
-        tensors = _nested("network", network.state_dict()) | _nested("ema", ema.state_dict())
-        for k, values in optimizer.state_dict()["state"].items():
-            tensors |= _nested(f"adam/{k}", values)
-        for part, thing in parts.items():
-            tensors |= _nested(f"part/{part}", thing.state())
-        tensors["generator"] = generator.get_state()
-        tensors["losses"] = torch.tensor(losses + recent, dtype=torch.float64)
-        return tensors, {"identity": identity, "step": done, "means": len(losses)}
 
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.sweep(file)
-    if file is not None and file.exists():
-        tensors, notes = checkpoints.read(file)
-        if notes.get("identity") != json_like(identity):
-            raise ValueError(
-                f"{file} was made under other hyperparameters: {_differences(notes.get('identity'), identity)}"
+class _Run:
+    """What changes during a training: weights and their average, the optimiser's memory, chance, parts, losses."""
+
+    def __init__(self, network: nn.Module, training: Training, generator: Generator, parts: dict[str, Part]) -> None:
+        self.network, self.training, self.generator, self.parts = network, training, generator, parts
+        self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(training.ema))
+        # fused on the CPU needs torch 2.4
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=training.rate, fused=True)
+        self.done, self.losses, self.recent = 0, list[float](), list[float]()
+
+    def advance(self, value: Tensor, name: str) -> None:
+        """One step of the optimiser down the gradient of the loss."""
+        self.recent.append(float(value.detach()))
+        if not math.isfinite(self.recent[-1]):
+            raise FloatingPointError(
+                f"{name} diverged: the loss is {self.recent[-1]} at step {self.done + 1} of {self.training.steps}; "
+                f"a smaller rate than {self.training.rate:g}, or a look at the data?"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.rate_at(self.done)
+        self.optimizer.zero_grad()
+        value.backward()
+        if isinstance(self.network, Stack):
+            clip_members(self.network, self.training.clip)
+        else:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.ema.update_parameters(self.network)
+        self.done += 1
+        if len(self.recent) == 100 or self.done == self.training.steps:
+            self.losses.append(math.fsum(self.recent) / len(self.recent))
+            self.recent.clear()
+
+    def state(self, whose: dict[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """All of it, for a file, and whose it is."""
+        tensors = _nested("network", self.network.state_dict()) | _nested("ema", self.ema.state_dict())
+        for k, values in self.optimizer.state_dict()["state"].items():
+            tensors |= _nested(f"adam/{k}", values)
+        for part, thing in self.parts.items():
+            tensors |= _nested(f"part/{part}", thing.state())
+        tensors["generator"] = self.generator.get_state()
+        tensors["losses"] = torch.tensor(self.losses + self.recent, dtype=torch.float64)
+        return tensors, {"identity": whose, "step": self.done, "means": len(self.losses)}
+
+    def resume(self, file: Path, whose: dict[str, object]) -> None:
+        """Take up from the file what :meth:`state` gave."""
+        tensors, notes = checkpoints.read(file)
+        if notes.get("identity") != checkpoints.json_like(whose):
+            told = checkpoints.differences(notes.get("identity"), whose)
+            raise ValueError(f"{file} was made under other hyperparameters: {told}")
         try:
-            network.load_state_dict(_under("network", tensors))
-            ema.load_state_dict(_under("ema", tensors))
+            self.network.load_state_dict(_under("network", tensors))
+            self.ema.load_state_dict(_under("ema", tensors))
         except RuntimeError as error:
             raise ValueError(f"{file} holds another network: {error}") from None
-        memory = optimizer.state_dict()
+        memory = self.optimizer.state_dict()
         count = {int(key.split("/")[1]) for key in tensors if key.startswith("adam/")}
         memory["state"] = {k: _under(f"adam/{k}", tensors) for k in sorted(count)}
-        optimizer.load_state_dict(memory)
-        for part, thing in parts.items():
-            thing.restore({key: value.clone() for key, value in _under(f"part/{part}", tensors).items()})
-        generator.set_state(tensors["generator"].clone())
-        means = int(notes["means"])
-        everything = tensors["losses"].tolist()
-        done, losses, recent = int(notes["step"]), everything[:means], everything[means:]
-    else:
-        start()
-    at = accelerator.gather(torch.tensor([done], device=accelerator.device)).tolist()
-    if len(set(at)) > 1:
-        raise ValueError(f"the processes' checkpoints {checkpoint}, {checkpoint}.1, … are of different steps, {at}")
+        self.optimizer.load_state_dict(memory)
+        for part, thing in self.parts.items():
+            thing.restore(_under(f"part/{part}", tensors))
+        self.generator.set_state(tensors["generator"])
+        means, every = int(notes["means"]), tensors["losses"].tolist()
+        self.done, self.losses, self.recent = int(notes["step"]), every[:means], every[means:]
 
-    bar = tqdm(total=training.steps, initial=done, desc=name, disable=not (progress and accelerator.is_main_process))
-    with bar:
-        for step in range(done, training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = training.rate_at(step)
-            value = loss(wrapped, step)
-            recent.append(float(value.detach()))
-            if not math.isfinite(recent[-1]):
-                raise FloatingPointError(
-                    f"{name} diverged: the loss is {recent[-1]} at step {step + 1} of {training.steps}; "
-                    f"a smaller rate than {training.rate:g}, or a look at the data?"
-                )
-            optimizer.zero_grad()
-            accelerator.backward(value)
-            if isinstance(network, Stack):
-                clip_members(network, training.clip)
-            else:
-                accelerator.clip_grad_norm_(network.parameters(), training.clip)
-            fast.step()
-            ema.update_parameters(network)
-            done = step + 1
-            if len(recent) == 100 or done == training.steps:
-                losses.append(math.fsum(recent) / len(recent))
-                recent.clear()
-                bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
-            bar.update()
-            if done % training.every == 0 or done == training.steps:
-                if file is not None:
-                    checkpoints.write(file, *state())
-                saved()
-    if training.ema:
-        network.load_state_dict(ema.module.state_dict())
-    return losses
+
+def _nested(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + "/")}
 
 
 def clip_members(network: nn.Module, largest: float) -> None:
@@ -271,22 +294,3 @@ def clip_members(network: nn.Module, largest: float) -> None:
     factor = (largest / (norm + 1e-6)).clamp_max(1)
     for g in grads:
         g.mul_(factor.reshape(-1, *[1] * (g.ndim - 1)))
-
-
-def json_like(value: object) -> object:
-    """The value as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
-
-
-def _differences(was: object, now: object) -> str:
-    before, after = _leaves(was), _leaves(json_like(now))
-    names = [name for name in before | after if before.get(name) != after.get(name)]
-    return ", ".join(f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in names)
-
-
-def _leaves(value: object, name: str = "") -> dict[str, object]:
-    """Numbers and texts within dicts and lists, each with its path, such as ``models.0.eps``."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        return {name: value}
-    return {key: leaf for k, v in pairs for key, leaf in _leaves(v, f"{name}.{k}".lstrip(".")).items()}

@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from nsgf_lite.inputs import read_clouds, read_counts
+from nsgf_lite.networks import lent_chance
 from nsgf_lite.toy import Law
+from nsgf_lite.training.checkpoints import hash_of
 
 Data = Law | Tensor | DataLoader | Sequence[Law | Tensor]
 
@@ -24,9 +27,43 @@ def _by_class(name: str, points: Tensor, labels: Tensor) -> list[Tensor]:
     return [points[labels == c] for c in range(int(labels.max()) + 1)]
 
 
+def _refuse_one_hot(name: str, parts: Sequence[Any]) -> None:
+    """Labels are one integer for each point: rows of zeros with a one must not pass for the points of a class."""
+    for c, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            continue
+        integers = not part.dtype.is_floating_point and part.dtype != torch.uint8
+        one_hot = len(parts) == 2 and c == 1 and part.ndim == 2 and part.shape[:1] == getattr(parts[0], "shape", ())[:1]
+        if one_hot and not integers:
+            one_hot = bool(((part == 0) | (part == 1)).all() and (part.sum(1) == 1).all())
+        if integers or one_hot:
+            raise ValueError(
+                f"{name} of class {c} must be points, got {part.dtype} of shape {tuple(part.shape)}: labels are one "
+                "integer for each point, (points, labels) with labels of shape (n,); of one-hot rows that is argmax(1)"
+            )
+
+
 def described(value: object) -> str:
-    """What a checkpoint remembers of a value: its repr, without the address that differs from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    """What a checkpoint remembers of a value: its repr without addresses, and a hash of the arrays that it holds."""
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)} of hash {hash_of({'': value})}"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    held = dict(_arrays(value, "", 3))
+    return f"{text} with {len(held)} of hash {hash_of(held)}" if held else text
+
+
+def _arrays(value: object, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Arrays that a value holds, in its attributes, lists and dicts, each with its path; those of a network are not."""
+    if isinstance(value, Tensor | np.ndarray):
+        if isinstance(value, Tensor) or value.dtype.kind in "biuf":
+            yield name, torch.as_tensor(value)
+        return
+    if depth == 0 or isinstance(value, nn.Module | type):
+        return
+    within = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    pairs = enumerate(value) if isinstance(value, list | tuple) else within.items()
+    for key, part in pairs:
+        yield from _arrays(part, f"{name}.{key}", depth - 1)
 
 
 class Stream:
@@ -73,6 +110,8 @@ class Stream:
         pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)
         if pair and isinstance(data[0], Tensor) and data[1].ndim == 1 and not data[1].dtype.is_floating_point:
             data = _by_class(name, *data)
+        elif isinstance(data, list | tuple):
+            _refuse_one_hot(name, data)
         self.classes = len(data) if isinstance(data, list | tuple) else 0
         for c, part in enumerate(data if self.classes else [data]):
             if isinstance(part, Tensor):
@@ -86,22 +125,21 @@ class Stream:
             self.parts.append(part)
 
     def __repr__(self) -> str:
-        """What a checkpoint remembers of the data: laws by their parameters, tensors by shape and mean."""
-        shown = [
-            f"tensor{tuple(p.shape)} of mean {p.mean():.6g}" if isinstance(p, Tensor) else described(p)
-            for p in self.parts
-        ]
-        data = getattr(self.loader, "dataset", ())
+        """What a checkpoint remembers of the data: laws by their parameters, points by a hash."""
+        if self.loader is None:
+            return "; ".join(map(described, self.parts))
+        data = self.loader.dataset
         size = str(len(data)) if hasattr(data, "__len__") else type(data).__name__
-        return "; ".join(shown) if self.loader is None else f"loader of {size}"
+        held = dict(_arrays(data, "", 3))
+        return f"loader of {size} by {self.loader.batch_size}" + (f", hash {hash_of(held)}" if held else "")
 
     def draw(self, n: int, generator: Generator, label: int = 0) -> Tensor:
         """Minibatch (n, d) of the class, on the generator's device; a stream of one class ignores the label."""
         read_counts(n=n)
         if self.loader is not None:
-            points = self._read_on(n, label if self.classes else 0)
+            points = self._read_on(n, self._class(label))
         else:
-            part = self.parts[label if self.classes else 0]
+            part = self.parts[self._class(label)]
             if isinstance(part, Tensor):
                 of_class = f" of class {label}" if self.classes else ""
                 if len(part) < n:
@@ -110,7 +148,10 @@ class Stream:
                     torch.randperm(len(part), generator=generator, device=generator.device)[:n].to(part.device)
                 ]
             else:
-                points = part.sample(n, generator).flatten(1)
+                points = part.sample(n, generator)
+                if len(points) != n:
+                    raise ValueError(f"{self.name} must give as many points as it is asked for, {n}, got {len(points)}")
+                points = points.flatten(1)
         points = points.to(generator.device, torch.float32)
         read_clouds(**{self.name: points})
         return points
@@ -118,9 +159,15 @@ class Stream:
     def many(self, n: int, generator: Generator, label: int = 0) -> Tensor:
         """As :meth:`draw`, but from a tensor of fewer than n points in as many passes as it takes."""
         read_counts(n=n)
-        part = self.parts[label if self.classes else 0] if self.parts else None
+        part = self.parts[self._class(label)] if self.parts else None
         most = len(part) if isinstance(part, Tensor) else n
         return torch.cat([self.draw(min(most, n - k), generator, label) for k in range(0, n, most)])
+
+    def _class(self, label: int) -> int:
+        """The label, checked; 0 for a stream of one class."""
+        if self.classes and (isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes):
+            raise ValueError(f"label must be an integer from 0 to {self.classes - 1}, got {label!r}")
+        return label if self.classes else 0
 
     def _read_on(self, n: int, label: int) -> Tensor:
         """The next n rows of the class from the loader; rows of other classes wait, at most 16 minibatches of each."""
@@ -162,7 +209,7 @@ class Stream:
         assert self.loader is not None
         if self.loader.generator is not None:
             self._epoch = self.loader.generator.get_state()
-        with torch.random.fork_rng(devices=[]):  # a loader without a generator seeds its workers by the global one
+        with lent_chance([]):  # a loader without a generator seeds its workers by the global one
             self._rows, self._taken = iter(self.loader), 0
         return self._rows
 

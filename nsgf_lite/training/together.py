@@ -8,7 +8,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.networks import MLP, Stack, call
-from nsgf_lite.training.loop import Chance, Part, Training, machine, train
+from nsgf_lite.training.loop import Chance, Part, Training, train
+from nsgf_lite.training.machines import machine
 from nsgf_lite.training.streams import Stream
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -50,6 +51,10 @@ class Trainee(Protocol):
         """A checkpoint has been written."""
         ...
 
+    def _data(self) -> list[str]:
+        """What a checkpoint remembers of the data."""
+        ...
+
 
 def fit_together(
     models: Sequence[Trainee],
@@ -69,32 +74,40 @@ def fit_together(
     Raises
     ------
     ValueError
-        As :meth:`Flow.fit`; if the models are not of one shape, of a kind that trains alone, or share a
-        folder.
+        As :meth:`Flow.fit`; if the models are not of one shape, of a kind that trains alone, the same twice, or share a
+        folder; if there are not as many sources, targets and seeds as models.
 
     Used in
     -------
     :doc:`/book/two_dimensional_benchmark`
     """
     training = training or Training()
+    counts = {"sources": len(sources), "targets": len(targets), "seeds": len(seeds)}
+    for name, count in counts.items():
+        if count != len(models) or not count:
+            raise ValueError(f"{name} must be one for each model, {len(models)}, and at least one, got {count}")
+    if len(set(map(id, models))) < len(models):
+        raise ValueError("models must be different objects: one of them is there twice")
     for model in models:
         if model.alone:
             raise ValueError(f"{type(model).__name__} cannot be fitted together with others: call its fit")
     folders = [str(folder) for folder in (getattr(model, "folder", None) for model in models) if folder is not None]
     if len(set(folders)) < len(folders):
         raise ValueError(f"each model needs a folder of its own, got {folders}")
-    accelerator = machine()
-    rank = 1_000_003 * accelerator.process_index
-    chances = [torch.Generator(accelerator.device).manual_seed(seed + rank) for seed in seeds]
+    where = machine()
+    rank = 1_000_003 * where.process_index
+    chances = [torch.Generator(where.device).manual_seed(seed + rank) for seed in seeds]
     each = list(zip(models, chances, strict=True))
     nets = [
         model.prepare(source, target, training, chance)
         for (model, chance), source, target in zip(each, sources, targets, strict=True)
     ]
+    if len(set(map(id, nets))) < len(nets):
+        raise ValueError("network must make a new network each time, and has made the same one twice")
     alone = len(nets) == 1
     network = nets[0] if alone else Stack(nets)
     spreads = [net.spread if isinstance(net, MLP) else torch.ones(()) for net in nets]
-    unit = torch.stack(spreads).to(accelerator.device)  # so that clipping does not depend on the unit of length
+    unit = torch.stack(spreads).to(where.device)  # so that clipping does not depend on the unit of length
 
     def loss(net: nn.Module, step: int) -> Tensor:
         if isinstance(network, Stack) and any(model._asks(step) for model in models):
@@ -124,9 +137,9 @@ def fit_together(
         chances[0],
         start=begin,
         parts=parts,
-        identity={
+        identity=lambda: {
             "models": [m.hyperparameters() for m in models],
-            "data": [[repr(m.source), repr(m.target)] for m in models],
+            "data": [m._data() for m in models],
             "seeds": list(seeds),
             "network": str(nets[0]),
         },
@@ -134,7 +147,7 @@ def fit_together(
         saved=saved,
         progress=progress,
         name=type(models[0]).__name__,
-        accelerator=accelerator,
+        where=where,
     )
     if isinstance(network, Stack):
         network.unstack(nets)

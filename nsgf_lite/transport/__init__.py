@@ -1,14 +1,8 @@
 """Entropic optimal transport: potentials to a stated tolerance, plans, maps, costs and the Sinkhorn divergence."""
 
 from nsgf_lite.transport.divergence import entropic_cost, sinkhorn_divergence
-from nsgf_lite.transport.sinkhorn import (
-    BarycentricMap,
-    ConvergenceWarning,
-    Potentials,
-    barycentric_map,
-    plan,
-    potentials,
-)
+from nsgf_lite.transport.problem import ConvergenceWarning, Potentials
+from nsgf_lite.transport.sinkhorn import BarycentricMap, barycentric_map, plan, potentials
 
 __all__ = [
     "BarycentricMap",

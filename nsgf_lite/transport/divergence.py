@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgf_lite.transport.sinkhorn import BarycentricMap, Potentials, Problem, read_problem
+from nsgf_lite.inputs import exact
+from nsgf_lite.transport.problem import Extension, Problem, read_problem
 
 
 class _Once(torch.autograd.Function):
@@ -22,6 +23,11 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _value(a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """Value of the dual problem, which is that of the primal one."""
+    return (a * f).sum(-1) + (b * g).sum(-1)
+
+
 class _Cost(torch.autograd.Function):
     """OT_eps of a batch (b,); by the envelope theorem its first derivatives need no derivative of the potentials."""
 
@@ -29,13 +35,14 @@ class _Cost(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float, own: bool, tol: float, max_iter: int
     ) -> Tensor:
-        problem = Problem(x, y, a, b, eps, own, False)
-        (f, g), _ = problem.solve(tol, max_iter)
+        solved = Problem(x, y, a, b, eps, own, False).solve(tol, max_iter)
+        f, g = solved.f + solved.tilt, solved.g - solved.tilt
         ctx.save_for_backward(x, y, a, b, f, g)
-        ctx.eps, ctx.own = eps, own
-        return (a * f).sum(-1) + (b * g).sum(-1)
+        ctx.own, ctx.towards, ctx.back = own, solved.towards, solved.back
+        return _value(a, b, f, g).to(x.dtype)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = _Cost.first_derivatives(ctx, grad)
@@ -51,17 +58,17 @@ class _Cost(torch.autograd.Function):
         need = ctx.needs_input_grad
         weight = grad.unsqueeze(-1) * (2 if ctx.own else 1)
 
-        def pull(x: Tensor, y: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-            towards = BarycentricMap(y, b, ctx.eps, Potentials(g, g, 0, 0.0, True), g)
-            return (weight * a).unsqueeze(-1) * (x - towards(x))
+        def pull(x: Tensor, a: Tensor, extension: Extension) -> Tensor:
+            return ((weight * a).unsqueeze(-1) * extension.displacement(x)).to(x.dtype)
 
-        dx = pull(x, y, a, b, g) if need[0] else None
-        dy = pull(y, x, b, a, f) if need[1] and not ctx.own else None
+        dx = pull(x, a, ctx.towards) if need[0] else None
+        dy = pull(y, b, ctx.back) if need[1] and not ctx.own else None
         da = weight * f if need[2] else None
         db = weight * g if need[3] and not ctx.own else None
-        return [dx, dy, da, db]
+        return [dx, dy, *(None if t is None else t.to(x.dtype) for t in (da, db))]
 
 
+@exact
 def entropic_cost(
     x: Tensor,
     y: Tensor,
@@ -86,7 +93,7 @@ def entropic_cost(
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-entropic-gap`
     """
-    problem = read_problem(x, y, a, b, eps, tol, max_iter)
+    problem, tol, max_iter = read_problem(x, y, a, b, eps, tol, max_iter)
     cost = _Cost.apply(problem.x, problem.y, problem.a, problem.b, problem.eps, problem.own, tol, max_iter)
     return problem.unbatch(cost)
 

@@ -1,134 +1,20 @@
 """Entropic optimal transport between point clouds: potentials, plans and barycentric maps.
 
-Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length; :mod:`nsgf_lite.solver` does the iterations.
+Cost ``|x - y|^2 / 2``, temperature `eps` in units of squared length; :mod:`nsgf_lite.transport.solver` does the
+iterations.
 """
 
-import sys
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nsgf_lite.inputs import read_clouds, read_counts, read_positive, read_weights
-from nsgf_lite.transport.solver import affinity, alternate, averaged, softmax
+from nsgf_lite.inputs import exact, read_clouds
+from nsgf_lite.transport.problem import Extension, Potentials, read_problem
+from nsgf_lite.transport.solver import softmax
 
 
-class ConvergenceWarning(UserWarning):
-    """An iteration stopped before it reached its tolerance; the message says where it stands."""
-
-
-@dataclass(frozen=True)
-class Potentials:
-    """Dual potentials ``f`` (n,) or (b, n) and ``g`` (m,) or (b, m); unpacks as ``f, g``.
-
-    ``marginal_error`` is the L1 distance between the plan's marginals and the weights (the largest in the batch),
-    ``iterations`` the number of Sinkhorn and Newton steps. Normalised so that the weighted means of f and g agree.
-    """
-
-    f: Tensor
-    g: Tensor
-    iterations: int
-    marginal_error: float
-    converged: bool
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.f, self.g))
-
-
-def _gathered(x: Tensor, a: Tensor) -> Tensor:
-    """The cloud with its points of weight zero put on the heaviest one: however far they were, no step overflows."""
-    heaviest = a.argmax(-1)[..., None, None].expand(-1, 1, x.shape[-1])
-    return torch.where((a > 0).unsqueeze(-1), x, x.gather(-2, heaviest))
-
-
-def _outside() -> int:
-    """Stack level, seen from the caller, of the first frame outside this package and torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("nsgf_lite", "torch.")):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Two clouds with weights, (b,n,d), (b,m,d), (b,n), (b,m), checked; `own` if they are one and the same."""
-
-    x: Tensor
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    eps: float
-    own: bool
-    single: bool
-
-    def solve(self, tol: float, max_iter: int, init: Potentials | None = None) -> tuple[Potentials, Tensor]:
-        """Potentials shaped as the input; and, batched, the plan's exponent ``(g - c) / eps`` up to a term in x."""
-        if init is not None and not (init.g.numel() == self.b.numel() and init.g.dtype == self.b.dtype):
-            raise ValueError(
-                f"init must be the potentials of a problem of this size and dtype, with g of shape "
-                f"{tuple(self.b.shape)[self.single :]} and {self.b.dtype}, got {tuple(init.g.shape)} and {init.g.dtype}"
-            )
-        with torch.no_grad():
-            idle = bool((self.a == 0).any() or (self.b == 0).any())
-            x, y = (_gathered(self.x, self.a), _gathered(self.y, self.b)) if idle else (self.x, self.y)
-            centre = y.mean(-2, keepdim=True)
-            H, p, q = affinity(x - centre, y - centre)
-            mean_cost = float((p.mean(-1) + q.mean(-1) - H.mean((-2, -1))).max())
-            goal = max(tol, 10 * torch.finfo(H.dtype).eps)
-            start = -q if init is None else init.g.reshape(q.shape) - q
-            start = _gathered(start.unsqueeze(-1), self.b).squeeze(-1) if idle else start
-            if self.own:
-                f, g, steps, error = averaged(H, self.a, self.eps, start, goal, max_iter)
-            else:
-                hot = self.eps if init is not None else max(self.eps, mean_cost)
-                f, g, steps, error = alternate(H, self.a, self.b, self.eps, start, hot, goal, max_iter)
-            exponent = H.add_(g.unsqueeze(-2)).div_(self.eps)
-            f, g = f + p, g + q
-            if idle:
-                f, g, exponent = self._put_back(f, g)
-            tilt = ((self.b * g).sum(-1, keepdim=True) - (self.a * f).sum(-1, keepdim=True)) / 2
-            f, g, tilt = (self.unbatch(t) for t in (f, g, tilt))
-        if not error <= goal:
-            warnings.warn(
-                f"potentials stopped after {steps} steps at marginal error {error:.2g}, not {goal:.2g}. "
-                f"eps = {self.eps:g} is {self.eps / max(mean_cost, 1e-300):.1g} of the mean cost {mean_cost:.3g}; "
-                "a larger eps or max_iter, or float64, would help.",
-                ConvergenceWarning,
-                stacklevel=_outside(),
-            )
-        return Potentials(f + tilt, g - tilt, steps, error, error <= goal), exponent
-
-    def _put_back(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials extended to the points of weight zero, and the exponent of the plan there."""
-        from_y = BarycentricMap(self.y, self.b, self.eps, Potentials(f, g, 0, 0.0, True), f)
-        from_x = BarycentricMap(self.x, self.a, self.eps, Potentials(g, f, 0, 0.0, True), g)
-        f, g = (
-            torch.where(self.a > 0, f, from_y.potential(self.x)),
-            torch.where(self.b > 0, g, from_x.potential(self.y)),
-        )
-        centre = self.y.mean(-2, keepdim=True)
-        H, _, q = affinity(self.x - centre, self.y - centre)
-        return f, g, H.add_((g - q).unsqueeze(-2)).div_(self.eps)
-
-    def unbatch(self, t: Tensor) -> Tensor:
-        return t.squeeze(0) if self.single else t
-
-
-def read_problem(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, eps: float, tol: float, max_iter: int
-) -> Problem:
-    read_positive(eps=eps, tol=tol)
-    read_counts(max_iter=max_iter)
-    read_clouds(x=x, y=y)
-    own, single = y is x and b is a, x.ndim == 2
-    a, b = read_weights("a", a, x), read_weights("b", b, y)
-    if single:
-        x, y, a, b = (t.unsqueeze(0) for t in (x, y, a, b))
-    return Problem(x, y, a, b, float(eps), own, single)
-
-
+@exact
 def potentials(
     x: Tensor,
     y: Tensor,
@@ -175,9 +61,12 @@ def potentials(
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-sinkhorn-equations`, :prf:ref:`thm-first-variation`
     """
-    return read_problem(x, y, a, b, eps, tol, max_iter).solve(tol, max_iter, init)[0]
+    problem, tol, max_iter = read_problem(x, y, a, b, eps, tol, max_iter)
+    return problem.potentials(problem.solve(tol, max_iter, init))
 
 
+@exact
+@torch.no_grad()
 def plan(
     x: Tensor,
     y: Tensor,
@@ -196,11 +85,11 @@ def plan(
     -------
     :prf:ref:`thm-entropic-duality`, :prf:ref:`thm-two-atoms`
     """
-    problem = read_problem(x, y, a, b, eps, tol, max_iter)
-    _, exponent = problem.solve(tol, max_iter)
+    problem, tol, max_iter = read_problem(x, y, a, b, eps, tol, max_iter)
+    exponent = problem.solve(tol, max_iter).exponent
     # The last step made the rows exact; the softmax is that step.
     rows = softmax(exponent + problem.b.log().unsqueeze(-2))
-    return problem.unbatch(rows * problem.a.unsqueeze(-1) * (problem.b > 0).unsqueeze(-2))
+    return problem.unbatch(rows * problem.a.unsqueeze(-1) * (problem.b > 0).unsqueeze(-2)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -221,26 +110,32 @@ class BarycentricMap:
     eps: float
     solution: Potentials
     _exponent: Tensor
+    _extension: Extension
 
+    @exact
     def __call__(self, points: Tensor | None = None) -> Tensor:
         """Images (k, d) or (b, k, d) of the points, by default of the cloud x; differentiable in the points."""
+        known = self._extension
         if points is None:
-            return softmax(self._exponent + self.b.log().unsqueeze(-2)) @ self.y
-        return torch.cat([softmax(S) @ self.y for S, _ in self._blocks(points)], -2)
+            images = softmax(self._exponent + known.b.log().unsqueeze(-2)) @ known.y
+        else:
+            images = known.images(self._read(points))
+        return self._as_given(images if known.origin is None else images + known.origin)
 
+    @exact
     def potential(self, points: Tensor) -> Tensor:
         """Potential f (k,) or (b, k) at the points, extended by the Sinkhorn equation; differentiable in the points."""
-        return torch.cat([p - self.eps * torch.logsumexp(S, -1) for S, p in self._blocks(points)], -1)
+        return self._as_given(self._extension.potential(self._read(points)))
 
-    def _blocks(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Exponents of the kernel with the weights, a few million entries at a time, and the norms left outside."""
+    def _read(self, points: Tensor) -> Tensor:
         read_clouds(y=self.y, points=points)
-        centre = self.y.mean(-2, keepdim=True)
-        for block in points.split(max(1, 2**24 // self.y[..., 0].numel()), -2):
-            H, p, q = affinity(block - centre, self.y - centre)
-            yield (H + (self.solution.g - q).unsqueeze(-2)) / self.eps + self.b.log().unsqueeze(-2), p
+        return points.reshape(len(self._extension.y), *points.shape[-2:])
+
+    def _as_given(self, values: Tensor) -> Tensor:
+        return (values if self.y.ndim == 3 else values.squeeze(0)).to(self.y.dtype)
 
 
+@exact
 def barycentric_map(
     x: Tensor,
     y: Tensor,
@@ -261,7 +156,8 @@ def barycentric_map(
     -------
     :prf:ref:`thm-potential-gradient`, :prf:ref:`thm-sinkhorn-velocity`
     """
-    problem = read_problem(x, y, a, b, eps, tol, max_iter)
-    solution, exponent = problem.solve(tol, max_iter, init)
-    weights = problem.unbatch(problem.b).detach()
-    return BarycentricMap(y.detach(), weights, problem.eps, solution, problem.unbatch(exponent))
+    problem, tol, max_iter = read_problem(x, y, a, b, eps, tol, max_iter)
+    solved = problem.solve(tol, max_iter, init)
+    solution, weights = problem.potentials(solved), problem.unbatch(problem.b).detach()
+    towards = replace(solved.towards, g=solved.towards.g - solved.tilt)
+    return BarycentricMap(y.detach(), weights, problem.eps, solution, solved.exponent, towards)

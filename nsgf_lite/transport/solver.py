@@ -28,19 +28,37 @@ _SMALL = 2**12  # entries of a matrix below which many are summed at once instea
 # The problem in the form the iterations want --------------------------------------------------------------------------
 
 
-def affinity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def affinity(x: Tensor, y: Tensor, plane: int = PLANE) -> tuple[Tensor, Tensor, Tensor]:
     """H (b,n,m), p (b,n), q (b,m), with cost ``|x_i - y_j|^2 / 2 = p_i + q_j - H_ij``.
 
     In the plane H is minus the cost. In high dimension it is the inner product: ``|x|^2/2 + |y|^2/2 - <x, y>`` cancels
     badly in float32, so the norms are absorbed into the potentials, where they cancel by themselves.
     """
-    if x.shape[-1] > PLANE:
+    if x.shape[-1] > plane:
         return x @ y.mT, (x * x).sum(-1) / 2, (y * y).sum(-1) / 2
     H = x.new_zeros(())
     for k in range(x.shape[-1]):
         gap = x[..., :, None, k] - y[..., None, :, k]
         H = (gap * gap).mul_(-0.5) if k == 0 else H.addcmul_(gap, gap, value=-0.5)
     return H, x.new_zeros(x.shape[:-1]), y.new_zeros(y.shape[:-1])
+
+
+def gathered(x: Tensor, a: Tensor) -> Tensor:
+    """The cloud with its points of weight zero put on the heaviest one: however far they were, nothing sees them."""
+    heaviest = a.argmax(-1)[..., None, None].expand(*x.shape[:-2], 1, x.shape[-1])
+    return torch.where((a > 0).unsqueeze(-1), x, x.gather(-2, heaviest))
+
+
+def centre(y: Tensor) -> Tensor:
+    """Mean of the bulk of each cloud, shape (…, 1, d): costs do not depend on it, the rounding of what is made of the
+    points does. Points more than twice as far from the mean as the median point are left out."""
+    y = y.detach()
+    mean = y.mean(-2, keepdim=True)
+    far = (y - mean).square().sum(-1)
+    bulk = far <= 4 * far.median(-1, keepdim=True).values
+    if bool(bulk.all()):
+        return mean
+    return torch.where(bulk.unsqueeze(-1), y, 0).sum(-2, keepdim=True) / bulk.sum(-1)[..., None, None]
 
 
 def _times(K: Tensor, w: Tensor) -> Tensor:
@@ -86,6 +104,7 @@ def alternate(
     """Alternate half steps from g, annealing from the given temperature down to eps; ends on a row step."""
     small, steps, w, error, K, history = torch.finfo(H.dtype).tiny ** 0.5, 0, 1.0, math.inf, None, list[float]()
     patience = NEWTON_AFTER if H[0].numel() <= NEWTON_SIZE else max_iter
+    temperature = eps if max_iter == 1 else temperature
     while True:
         # A row step in the log domain: the largest entry of each row becomes one, so that no row underflows.
         K = torch.add(H, g.unsqueeze(-2), out=K).div_(temperature)
@@ -96,7 +115,7 @@ def alternate(
             v = (v * (v * _times(K.mT, a * u)).clamp_min_(small) ** -w).clamp_max_(1 / small)
             row = _times(K, b * v).clamp_min_(small)
             steps += 1
-            if temperature > eps and step == 4:
+            if temperature > eps and (step == 4 or steps >= max_iter - 1):
                 break
             if temperature <= eps and (step % CHECK == 0 or steps >= max_iter):
                 error = _l1(b, v * _times(K.mT, a / row))
@@ -109,7 +128,7 @@ def alternate(
             return f, g, steps, error
         if temperature <= eps and steps >= patience:
             return newton(H, a, b, eps, g, steps, tol, max_iter)
-        temperature = max(eps, temperature / 8)
+        temperature = max(eps, temperature / 8) if steps < max_iter - 1 else eps
 
 
 def relaxation(w: float, history: list[float]) -> tuple[float, list[float]]:
@@ -186,3 +205,23 @@ def averaged(H: Tensor, a: Tensor, eps: float, f: Tensor, tol: float, max_iter: 
         f = f + eps * u.log()
         if error <= tol or steps >= max_iter:
             return f, f, steps, error
+
+
+def hot(H: Tensor, a: Tensor, b: Tensor, eps: float, g: Tensor, tol: float, max_iter: int) -> Solution:
+    """Half steps from g at temperatures far above the costs: there ``log sum b exp(S)`` loses S beside one, and eps
+    times what is lost may exceed the costs. By ``log1p`` and ``expm1`` f and g keep the accuracy of the costs."""
+    # Beyond this temperature nothing changes that the arithmetic could tell, and eps itself may overflow.
+    widest = H.abs().amax((-2, -1)).clamp_min(torch.finfo(H.dtype).tiny)
+    temperature = (widest / torch.finfo(H.dtype).eps).clamp_max(eps).unsqueeze(-1)
+    goal = tol * widest / temperature[:, 0]  # the error of f and g is to be tol of the costs, not of eps
+    steps = 0
+    while True:
+        S = torch.add(H, g.unsqueeze(-2)).div_(temperature.unsqueeze(-1))
+        f = -temperature * torch.log1p(_times(S.expm1_(), b))
+        S = torch.add(H, f.unsqueeze(-1)).div_(temperature.unsqueeze(-1))
+        back = -temperature * torch.log1p(_times(S.expm1_().mT, a))
+        error = (b * torch.expm1((g - back) / temperature)).abs().sum(-1)
+        steps += 1
+        if bool((error <= goal).all()) or steps >= max_iter:
+            return f, g, steps, float(error.max())
+        g = back
