@@ -91,11 +91,11 @@ def test_pieces_of_other_code_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "piece.json"
     table1.keep(file, {"w2": [1.0]}, time.process_time())
     assert table1.read(file)["w2"] == [1.0]
-    other = json.loads(file.read_text()) | {"identity": "0" * 16}
-    file.write_text(json.dumps(other))
+    other = json.loads(file.read_text(encoding="utf-8")) | {"identity": "0" * 16}
+    file.write_text(json.dumps(other), encoding="utf-8")
     with pytest.raises(ValueError, match="made by other code"):
         table1.read(file)
-    file.write_text('{"identity": "')
+    file.write_text('{"identity": "', encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
         table1.read(file)
     monkeypatch.setenv("NSGF_TABLE1_WORK", str(tmp_path))
@@ -107,14 +107,14 @@ def test_no_work_in_the_folder_of_another(tmp_path):
     """A folder in use is left alone, and one of other code is refused before the work."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks.table1", "--work", str(tmp_path), "--workers", "1"]
-    with open(tmp_path / "lock", "w") as lock:
+    with open(tmp_path / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
     assert done.returncode
     assert f"another run works in {tmp_path}" in done.stderr
     (tmp_path / "floor").mkdir()
-    (tmp_path / "floor" / "moons.json").write_text('{"identity": "else"}')
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    (tmp_path / "floor" / "moons.json").write_text('{"identity": "else"}', encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
     assert done.returncode
     assert f"{tmp_path}/floor/moons.json was made by other code" in done.stderr
 
@@ -141,15 +141,19 @@ def alive(number):
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    state = open(f"/proc/{number}/stat").read().rpartition(")")[2].split()[0] if os.path.exists("/proc/1") else "R"
+    state = (
+        open(f"/proc/{number}/stat", encoding="utf-8").read().rpartition(")")[2].split()[0]
+        if os.path.exists("/proc/1")
+        else "R"
+    )
     return state != "Z"
 
 
 def test_workers_end_with_their_parent(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(WORKER, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     child = int(parent.stdout.readline())
     assert alive(child)
     parent.kill()
