@@ -271,6 +271,7 @@ def gaussian_flow(
     if not solution.success:
         raise FloatingPointError(f"the flow could not be integrated: {solution.message}")
     covariances = target.repeat(len(clock), 1, 1)
-    covariances[: solution.y.shape[1]] = torch.from_numpy(solution.y.T.copy()).reshape(-1, d, d)
+    before = np.asarray(solution.y).reshape(d * d, -1).T.copy()  # none, if the flow arrived before the first time
+    covariances[: len(before)] = torch.from_numpy(before).reshape(-1, d, d)
     means = goal + torch.exp(-clock)[:, None] * (m - goal)
     return means, (covariances + covariances.mT) / 2
