@@ -205,15 +205,24 @@ def enough(rows: list[dict]) -> list[list[str]]:
     return [tests or row["killed_by"][:1] for tests, row in zip(chosen, rows, strict=True)]
 
 
-def reaching() -> list[list[str]]:
-    """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default)."""
+def reaching() -> tuple[list[list[str]], dict[str, float]]:
+    """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default).
+
+    And for each theorem test with a bound the largest share of it that it reaches.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        rules, data = Path(folder) / "rules", Path(folder) / "data"
+        rules, data, shares = (Path(folder) / name for name in ("rules", "data", "shares"))
         rules.write_text(
             f"[run]\ndynamic_context = test_function\nsource = {ROOT}/nsgf_lite\ndata_file = {data}\n", encoding="utf-8"
         )
         command = ["coverage", "run", f"--rcfile={rules}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        subprocess.run([sys.executable, "-m", *command, *map(str, set(theorem_tests().values()))], check=True, cwd=ROOT)
+        files = map(str, sorted(set(theorem_tests().values())))
+        environment = os.environ | {"NSGF_SHARP": str(shares)}
+        subprocess.run([sys.executable, "-m", *command, *files], check=True, cwd=ROOT, env=environment)
+        sharp: dict[str, float] = {}
+        for line in map(json.loads, shares.read_text(encoding="utf-8").splitlines()):
+            name = re.search(r"::(test_\w+)", line["test"])[1]
+            sharp[name] = round(max(sharp.get(name, 0.0), line["ratio"]), 4)
         seen = CoverageData(basename=str(data))
         seen.read()
         reached = []
@@ -235,7 +244,7 @@ def reaching() -> list[list[str]]:
                 c.rsplit(".")[-1] for k, names in contexts.items() if home.lineno < k <= home.end_lineno for c in names
             }
             reached.append([name for name in theorem_tests() if name in found])
-    return reached
+    return reached, dict(sorted(sharp.items()))
 
 
 def failing(mutation: Mutation, names: list[str]) -> list[str]:
@@ -279,7 +288,7 @@ def main() -> int:
     if not options.record and ([row["what"] for row in recorded] != whats or known != set(tests)):
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations and tests: run with --record")
         return 1
-    wanted = reaching() if options.record else enough(recorded)
+    wanted, sharp = reaching() if options.record else (enough(recorded), {})
     with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
         killers = list(pool.map(failing, MUTATIONS, wanted))
     for m, killed in zip(MUTATIONS, killers, strict=True):
@@ -292,7 +301,7 @@ def main() -> int:
             for m, what, killed in zip(MUTATIONS, whats, killers, strict=True)
         ]
         source = provenance("python tests/mutations.py", time.perf_counter() - start, ["nsgf-lite", "torch", "pytest"])
-        write_record(RECORD, {"provenance": source, "rows": rows})
+        write_record(RECORD, {"provenance": source, "sharp": sharp, "rows": rows})
     for complaint, items in (("mutations no test notices", unnoticed), ("tests no mutation kills", toothless)):
         if items:
             print(f"{complaint}: {', '.join(items)}")

@@ -183,7 +183,9 @@ def mutations_table(root: Path = ROOT) -> str:
     rows = []
     for row in recorded_mutations(root):
         change = " → ".join(f"`{side.strip()}`" for side in row["what"].split("→"))
-        noticed = [f"{{prf:ref}}`{label}`" for label, test in labels.items() if test in map(bare, row["killed_by"])]
+        killers = {bare(test) for test in row["killed_by"]}
+        noticed = [f"{{prf:ref}}`{label}`" for label, test in labels.items() if test in killers]
+        noticed += [f"`{test}`" for test in sorted(killers - set(labels.values()))]
         rows.append((row["mutation"], f"{change} in `{row['file']}`", ", ".join(noticed)))
     if not rows:
         return "No run of the mutations has been recorded yet."
