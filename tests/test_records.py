@@ -36,7 +36,7 @@ class Cell(NamedTuple):
 
 
 def globals_of(statement: ast.stmt) -> tuple[set[str], set[str]]:
-    """Names that one statement binds, and names that it reads, at the level of the page."""
+    """Names that a simple statement or a definition binds, and names that it reads, at the level of the page."""
     table = symtable.symtable(ast.unparse(statement), "cell", "exec")
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     read, scopes = {s.get_name() for s in table.get_symbols() if s.is_referenced()}, list(table.get_children())
@@ -44,9 +44,28 @@ def globals_of(statement: ast.stmt) -> tuple[set[str], set[str]]:
         scope = scopes.pop()
         read |= {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
         scopes += scope.get_children()
-    targets = [n.target for n in ast.walk(statement) if isinstance(n, ast.For)]
-    loops = {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-    return bound, read - loops - set(dir(builtins))
+    return bound, read - set(dir(builtins))
+
+
+def scan(statements: list[ast.stmt], bound: set[str], used: set[str]) -> None:
+    """Collect what statements bind, and what they read before they have bound it, in the order in which they run."""
+    for statement in statements:
+        blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+        if isinstance(statement, ast.For | ast.While | ast.If | ast.With):
+            head = {ast.For: ("iter",), ast.With: ("items",)}.get(type(statement), ("test",))[0]
+            parts = getattr(statement, head)
+            for part in parts if isinstance(parts, list) else [parts]:
+                expression = part.context_expr if isinstance(part, ast.withitem) else part
+                used |= globals_of(ast.Expr(expression))[1] - bound
+            targets = [statement.target] if isinstance(statement, ast.For) else []
+            targets += [w.optional_vars for w in getattr(statement, "items", []) if w.optional_vars]
+            bound |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+            for block in blocks:
+                scan(block, bound, used)
+        else:
+            binds, reads = globals_of(statement)
+            used |= reads - bound
+            bound |= binds
 
 
 def read_cells(page: str) -> list[Cell]:
@@ -55,16 +74,14 @@ def read_cells(page: str) -> list[Cell]:
         if cell.cell_type != "code":
             continue
         bound, changed, used = set(), set(), set()
-        for statement in ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)).body:
-            binds, reads = globals_of(statement)
-            used |= reads - bound
-            bound |= binds
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
-                    base = node.value
-                    while isinstance(base, ast.Subscript | ast.Attribute):
-                        base = base.value
-                    changed |= {base.id} & used if isinstance(base, ast.Name) else set()
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M))
+        scan(tree.body, bound, used)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                base = node.value
+                while isinstance(base, ast.Subscript | ast.Attribute):
+                    base = base.value
+                changed |= {base.id} & used if isinstance(base, ast.Name) else set()
         cells.append(Cell(cell.source, is_claim(cell), bound, changed, used))
     return cells
 
