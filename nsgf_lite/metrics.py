@@ -115,8 +115,7 @@ def floor(
 
     Used in
     -------
-    :doc:`/book/intro`, :doc:`/book/neural_sinkhorn_flow`, :doc:`/book/two_phase`,
-    :doc:`/book/two_dimensional_benchmark`
+    :doc:`/book/intro`, :doc:`/book/two_phase`, :doc:`/book/two_dimensional_benchmark`
     """
     if not hasattr(law, "sample"):
         raise ValueError(f"law must have sample(n, generator), got {type(law).__name__}")
