@@ -3,6 +3,7 @@
 
     python tests/mutations.py            # each mutation against tests that the recorded table says notice it
     python tests/mutations.py --record   # against all that reach it, and write book/results/mutations.json, which the book shows
+    python tests/mutations.py --record --quick   # the same, against as few as show that each is noticed, and each notices
 
 Each mutation of a formula must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least
 one mutation. What no theorem speaks of (networks, trainings, pools, checkpoints) has mutations too: each names the
@@ -205,24 +206,59 @@ def enough(rows: list[dict]) -> list[list[str]]:
     return [tests or row["killed_by"][:1] for tests, row in zip(chosen, rows, strict=True)]
 
 
-def reaching() -> tuple[list[list[str]], dict[str, float]]:
-    """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default).
+def renewing(rows: dict[str, dict], found: list[set[str]] | None = None) -> list[list[str]]:
+    """For each mutation the tests that have to run to renew a record, whose rows have the mutations' names.
 
-    And for each theorem test with a bound the largest share of it that it reaches.
+    First as for :func:`enough`, and each test that the record does not know against all that its chapter's tests
+    notice. Then, where something has not been `found` yet, whatever the record lists of it.
     """
+    files, listed = theorem_tests(), [rows.get(m.name, {"killed_by": []})["killed_by"] for m in MUTATIONS]
+    listed = [[name for name in names if name in files] for names in listed]
+    if found is not None:
+        done = set().union(*found)
+        late = [[name for name in names if name not in done] for names in listed]
+        return [names if not seen else rest for names, seen, rest in zip(listed, found, late, strict=True)]
+    chosen = [set(names) for names in enough([{"killed_by": names} for names in listed])]
+    unknown = [name for name in files if not any(name in names for names in listed)]
+    for m, names, mine in zip(MUTATIONS, listed, chosen, strict=True):
+        homes = {files[name] for name in names}
+        mine |= {name for name in unknown if not m.test and (files[name] in homes or m.name not in rows)}
+    return [sorted(mine) for mine in chosen]
+
+
+def shares() -> dict[str, float]:
+    """For each theorem test with a bound the largest share of it that it reaches; fails if a test does."""
     with tempfile.TemporaryDirectory() as folder:
-        rules, data, shares = (Path(folder) / name for name in ("rules", "data", "shares"))
+        file = Path(folder) / "shares"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            os.environ.get("NSGF_WORKERS", "2"),
+        ]
+        tests = map(str, sorted(set(theorem_tests().values())))
+        subprocess.run([*command, *tests], check=True, cwd=ROOT, env=os.environ | {"NSGF_SHARP": str(file)})
+        largest: dict[str, float] = {}
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            name = re.search(r"::(test_\w+)", line["test"])[1]
+            largest[name] = round(max(largest.get(name, 0.0), line["ratio"]), 4)
+        return dict(sorted(largest.items()))
+
+
+def reaching() -> list[list[str]]:
+    """For each mutation the theorem tests that run the function it spoils; all, if it spoils none (a table, a default)."""
+    with tempfile.TemporaryDirectory() as folder:
+        rules, data = Path(folder) / "rules", Path(folder) / "data"
         rules.write_text(
             f"[run]\ndynamic_context = test_function\nsource = {ROOT}/nsgf_lite\ndata_file = {data}\n", encoding="utf-8"
         )
         command = ["coverage", "run", f"--rcfile={rules}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         files = map(str, sorted(set(theorem_tests().values())))
-        environment = os.environ | {"NSGF_SHARP": str(shares)}
-        subprocess.run([sys.executable, "-m", *command, *files], check=True, cwd=ROOT, env=environment)
-        sharp: dict[str, float] = {}
-        for line in map(json.loads, shares.read_text(encoding="utf-8").splitlines()):
-            name = re.search(r"::(test_\w+)", line["test"])[1]
-            sharp[name] = round(max(sharp.get(name, 0.0), line["ratio"]), 4)
+        subprocess.run([sys.executable, "-m", *command, *files], check=True, cwd=ROOT)
         seen = CoverageData(basename=str(data))
         seen.read()
         reached = []
@@ -244,7 +280,7 @@ def reaching() -> tuple[list[list[str]], dict[str, float]]:
                 c.rsplit(".")[-1] for k, names in contexts.items() if home.lineno < k <= home.end_lineno for c in names
             }
             reached.append([name for name in theorem_tests() if name in found])
-    return reached, dict(sorted(sharp.items()))
+    return reached
 
 
 def failing(mutation: Mutation, names: list[str]) -> list[str]:
@@ -278,6 +314,7 @@ def failing(mutation: Mutation, names: list[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
+    parser.add_argument("--quick", action="store_true", help="with --record: only as much as shows all once more")
     options = parser.parse_args()
     start, tests = time.perf_counter(), list(theorem_tests())
     if options.record:
@@ -288,9 +325,24 @@ def main() -> int:
     if not options.record and ([row["what"] for row in recorded] != whats or known != set(tests)):
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations and tests: run with --record")
         return 1
-    wanted, sharp = reaching() if options.record else (enough(recorded), {})
-    with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
-        killers = list(pool.map(failing, MUTATIONS, wanted))
+    found: list[set[str]] = [set() for _ in MUTATIONS]
+    by_name = {row["mutation"]: row for row in recorded}
+    sharp = shares() if options.record else {}
+
+    def look(wanted: list[list[str]]) -> None:
+        with ThreadPoolExecutor(int(os.environ.get("NSGF_WORKERS", "2"))) as pool:
+            rows = zip(MUTATIONS, wanted, found, strict=True)
+            jobs = [(m, names) if names or (m.test and not seen) else None for m, names, seen in rows]
+            each = list(pool.map(lambda job: failing(*job) if job else [], jobs))
+            for seen, killed in zip(found, each, strict=True):
+                seen |= set(killed)
+
+    if options.quick:
+        look(renewing(by_name))
+        look(renewing(by_name, found))
+    else:
+        look(reaching() if options.record else enough(recorded))
+    killers = [sorted(seen) for seen in found]
     for m, killed in zip(MUTATIONS, killers, strict=True):
         print(f"{m.name}: {', '.join(killed) or 'NOT NOTICED'}")
     unnoticed = [m.name for m, killed in zip(MUTATIONS, killers, strict=True) if not killed]
