@@ -314,8 +314,10 @@ def heading(name, title=""):
 
 def library_version(root):
     stated = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("version")
+    if stated:
+        return stated
     init = (root / "nsgf_lite" / "__init__.py").read_text(encoding="utf-8")
-    return stated or re.search(r'^__version__ = "(.+)"', init, re.M)[1]
+    return re.search(r'^__version__ = "(.+)"', init, re.M)[1]
 
 
 def table_of_contents(toc):
