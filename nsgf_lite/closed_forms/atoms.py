@@ -5,6 +5,7 @@ Cost ``|x - y|^2 / 2``, temperature `eps` and bandwidth `h` with ``eps = h^2``, 
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from nsgf_lite.inputs import LARGEST, read_clouds, read_positive
 
 
 def _read_masses(alpha: float, beta: float) -> tuple[float, float]:
-    masses: dict[str, object] = {"alpha": alpha, "beta": beta}
+    masses: dict[str, Any] = {"alpha": alpha, "beta": beta}
     for name, mass in masses.items():
-        if isinstance(mass, bool) or not (isinstance(mass, Real) and 0 < float(mass) < 1):
+        number = isinstance(mass, Real) and not isinstance(mass, bool)
+        if not (number and 0 < mass < 1):
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {mass!r}")
     return float(alpha), float(beta)
 

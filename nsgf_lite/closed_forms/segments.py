@@ -34,10 +34,13 @@ def _pair(one: tuple[str, Vector, str, Matrix], other: tuple[str, Vector, str, M
 
 def _moment(t: float) -> float:
     """Read a time; what a solver's additions leave beyond an end is taken for the end."""
-    (t,) = read_finite(t=t)
-    if not -1e-9 <= t <= 1 + 1e-9:
+    try:
+        (moment,) = read_finite(t=t)
+    except ValueError:
+        moment = math.nan
+    if not -1e-9 <= moment <= 1 + 1e-9:
         raise ValueError(f"t must be a number from 0 to 1, got {t!r}")
-    return min(max(float(t), 0.0), 1.0)
+    return min(max(moment, 0.0), 1.0)
 
 
 def _at(t: float, start: Law, end: Law) -> Law:
