@@ -390,6 +390,17 @@ def test_two_runs_on_one_path(what, tmp_path):
     assert left == ["run"] if what == "file" else ".lock" not in [p.name for p in path.iterdir()]
 
 
+@pytest.mark.parametrize("name", ["run", "[a]run"])
+def test_a_run_clears_its_own_drafts_only(name, tmp_path):
+    """Another process of the same run writes run.1, whose drafts begin like those of run, and not its to delete."""
+    path, others = tmp_path / name, [f".{name}.1.77.part", f".{name}.a.part", f".{name}1.77.part", ".arun.77.part"]
+    for draft in [*others, f".{name}.77.part"]:
+        (tmp_path / draft).touch()
+    with checkpoints.held(path):
+        left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == sorted([*others, f".{name}.lock"])
+
+
 def test_two_threads_on_one_path(tmp_path):
     inside, done, told = threading.Event(), threading.Event(), []
 

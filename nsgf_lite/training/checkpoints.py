@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -108,7 +109,9 @@ def sweep(folder: Path, name: str) -> None:
     :func:`nsgf_lite.training.train`, :class:`nsgf_lite.Pool`
     """
     for draft in folder.glob(f".{name}.*.part"):
-        draft.unlink(missing_ok=True)
+        of, _, process = draft.name[1 : -len(".part")].rpartition(".")
+        if fnmatchcase(of, name) and process.isdigit():  # run.1, another process's file, is not run
+            draft.unlink(missing_ok=True)
 
 
 @contextmanager
