@@ -1,6 +1,6 @@
 """nsgf-lite: generative modelling by Wasserstein gradient flows, the library that the book's chapters call."""
 
-from nsgf_lite import closed_forms, fields, metrics, networks, plots, toy
+from nsgf_lite import closed_forms, fields, functionals, metrics, networks, plots, toy
 from nsgf_lite.checks import check, scale
 from nsgf_lite.models import (
     EPT,
@@ -8,6 +8,7 @@ from nsgf_lite.models import (
     OTCFM,
     Flow,
     FlowMatching,
+    JKOFlow,
     NSGFPlusPlus,
     Pool,
     RectifiedFlow,
@@ -36,6 +37,7 @@ __all__ = [
     "EPT",
     "Flow",
     "FlowMatching",
+    "JKOFlow",
     "NSGF",
     "NSGFPlusPlus",
     "OTCFM",
@@ -52,6 +54,7 @@ __all__ = [
     "fields",
     "fit_together",
     "follow",
+    "functionals",
     "metrics",
     "networks",
     "plan",

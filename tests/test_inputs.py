@@ -612,16 +612,34 @@ def test_figures(monkeypatch):
 ELSEWHERE = {
     "nl": {
         *("Flow", "FlowMatching", "NSGF", "NSGFPlusPlus", "OTCFM", "EPT", "RectifiedFlow", "StochasticInterpolant"),
-        *("Pool", "Training", "fit_together", "drifting"),  # test_models, test_training, test_streams
+        *(
+            "JKOFlow",
+            "Pool",
+            "Training",
+            "fit_together",
+            "drifting",
+        ),  # test_models, test_jko, test_training, test_streams
         *("check", "scale"),  # test_bad_input.test_checks
         *("BarycentricMap", "ConvergenceWarning", "Potentials"),  # what functions return or tell
-        *("closed_forms", "fields", "metrics", "networks", "plots", "toy"),  # modules: below
+        *("closed_forms", "fields", "functionals", "metrics", "networks", "plots", "toy"),  # modules: below
     },
     "fields": {"Field", "UnderflowWarning"},
     "closed_forms": set(),
     "metrics": set(),
     # test_models, test_training, test_fields.test_residual_networks
-    "networks": {"MLP", "Residual", "Stack", "call", "seeded", "evaluating", "lent_chance", "valued"},
+    "networks": {
+        "ICNN",
+        "MLP",
+        "LogRatio",
+        "Residual",
+        "ResidualMap",
+        "Stack",
+        "call",
+        "seeded",
+        "evaluating",
+        "lent_chance",
+        "valued",
+    },
     "plots": {"use", "cloud", "arrows", "frames"},  # test_figures
     "toy": {"Law"},
 }

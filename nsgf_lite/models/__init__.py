@@ -3,6 +3,7 @@
 from nsgf_lite.models import drifting
 from nsgf_lite.models.ept import EPT
 from nsgf_lite.models.flow import Flow
+from nsgf_lite.models.jko import JKOFlow
 from nsgf_lite.models.nsgf import NSGF
 from nsgf_lite.models.pool import Pool, trajectories
 from nsgf_lite.models.straight import OTCFM, FlowMatching, RectifiedFlow, StochasticInterpolant
@@ -12,6 +13,7 @@ __all__ = [
     "EPT",
     "Flow",
     "FlowMatching",
+    "JKOFlow",
     "NSGF",
     "NSGFPlusPlus",
     "OTCFM",

@@ -1,7 +1,7 @@
 """What every model of the book shares: fit on a source and a target, sample by an explicit solver, save and load."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -9,16 +9,17 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import read_clouds, read_counts
+from nsgf_lite.models.saved import Saved
 from nsgf_lite.networks import MLP, call, evaluating, seeded
 from nsgf_lite.particles import METHODS, advance
-from nsgf_lite.training import Part, Stream, Training, checkpoints, described, fit_together, json_like
+from nsgf_lite.training import Part, Stream, Training, fit_together
 from nsgf_lite.training.together import Batch
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
 
 @dataclass
-class Flow:
+class Flow(Saved):
     """A velocity field v(x, t), t in [0, 1], learned by regression; the base of NSGF and of the straight flows.
 
     A model has the parameters `network`, which makes the network from the dimension and the number of classes,
@@ -37,9 +38,6 @@ class Flow:
     velocity: nn.Module = field(init=False, repr=False)
     source: Stream = field(init=False, repr=False)
     target: Stream = field(init=False, repr=False)
-    classes: int = field(init=False, default=0, repr=False)
-    dimension: int = field(init=False, default=0, repr=False)
-    losses: list[float] = field(init=False, default_factory=list, repr=False)
 
     # --- what a model adds ----------------------------------------------------------------------------------------
 
@@ -66,11 +64,6 @@ class Flow:
         return [repr(self.source), repr(self.target)]
 
     # --- what all share -------------------------------------------------------------------------------------------
-
-    def hyperparameters(self) -> dict[str, object]:
-        """Name of the model and values of its parameters, in JSON's terms."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "network"}
-        return {"model": type(self).__name__, **{k: _plain(v) for k, v in values.items()}}
 
     def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
         """Read the data and make the network, standardised to them; ``fit`` does this first.
@@ -240,39 +233,4 @@ class Flow:
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that :meth:`save` writes."""
-        return {"velocity": self.velocity}
-
-    def save(self, path: str | Path) -> None:
-        """Write networks and hyperparameters to one safetensors file, atomically; OSError if the disk is full."""
-        if not hasattr(self, "velocity"):
-            raise ValueError("the model has not been fitted: there is nothing to save")
-        tensors = {f"{a}/{b}": t for a, network in self.networks().items() for b, t in network.state_dict().items()}
-        notes = {"hyperparameters": self.hyperparameters(), "dimension": self.dimension, "classes": self.classes}
-        checkpoints.write(path, tensors, {**notes, "losses": self.losses})
-
-    def load(self, path: str | Path) -> Self:
-        """Read networks from a file of :meth:`save`, into a model made with the same hyperparameters.
-
-        Raises
-        ------
-        ValueError
-            If the file is damaged, or of other hyperparameters or another shape.
-        """
-        tensors, notes = checkpoints.read(path)
-        mine = json_like(self.hyperparameters())
-        if notes.get("hyperparameters") != mine:
-            raise ValueError(f"{path} holds a model with {notes.get('hyperparameters')}, not {mine}")
-        self.dimension, self.classes, self.losses = notes["dimension"], notes["classes"], notes["losses"]
-        self._make(torch.Generator().manual_seed(0))
-        for name, network in self.networks().items():
-            own = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(name + "/")}
-            try:
-                network.load_state_dict(own)
-            except RuntimeError as error:
-                raise ValueError(f"{path} holds a network of another shape: {error}") from None
-        return self
-
-
-def _plain(value: object) -> object:
-    """A hyperparameter in JSON's terms."""
-    return value if isinstance(value, bool | int | float | str | type(None)) else described(value)
+        return {"velocity": self.velocity} if hasattr(self, "velocity") else {}

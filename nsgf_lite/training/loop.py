@@ -125,6 +125,7 @@ def train(
     progress: bool = True,
     name: str = "train",
     where: Machine | None = None,
+    shown: Callable[[], dict[str, str]] = dict,
 ) -> list[float]:
     """Train the network in place, leave the averaged weights in it, and return the losses, means over 100 steps.
 
@@ -157,6 +158,8 @@ def train(
         Show a progress bar with the loss.
     where : Machine
         Device and processes; by default what Accelerate finds, CUDA or the CPU.
+    shown : callable
+        What the progress bar shows beside the loss.
 
     Raises
     ------
@@ -201,7 +204,7 @@ def train(
                 with chance_of_dropout(network, generator, step):
                     run.advance(loss(wrapped, step), name)
                 if not run.recent:
-                    bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
+                    bar.set_postfix(loss=f"{run.losses[-1]:.4g}", **shown(), refresh=False)
                 bar.update()
                 if run.done % training.every == 0 or run.done == training.steps:
                     if file is not None:
