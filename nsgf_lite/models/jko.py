@@ -61,7 +61,8 @@ class JKOFlow(Saved):
         A further functional, taken by an explicit step before each implicit one (forward-backward); None for none.
     scheme : str
         ``implicit``, or ``crank-nicolson``: half of F at the end of the step, and half of it linearised at its
-        beginning, where the last critic knows its first variation (the first step is implicit).
+        beginning, ``∇ δF/δP (P_k)(X) · (T(X) - X)``, where the last critic knows its first variation (the first step
+        is implicit). Of second order in the step; with the first variation at T(X), as in the paper, of first.
     ascents, descents : int
         Number of steps of the critic, and of the map, before the other's turn. The training counts the map's.
     particles : int
@@ -441,13 +442,17 @@ class _Run:
             start, here = self._minibatch()
             moved = valued(network(start), start, None)
             move = Move(start, network, self.generator)
-            value = torch.stack([self._slope(rival, moved, move) for rival in self.rivals]).sum()
+            value = torch.stack([self._value(rival, moved, here, move) for rival in self.rivals]).sum()
             return (moved - here).square().sum(1).mean() / (2 * self.model.step) + value
 
-    def _slope(self, rival: Rival, moved: Tensor, move: Move) -> Tensor:
+    def _value(self, rival: Rival, moved: Tensor, here: Tensor, move: Move) -> Tensor:
+        """The functional after the step, or half of it and half of its linearisation before the step."""
+        value = rival.on_particles(moved, move)
         if rival.last is None:
-            return rival.on_particles(moved, move)
-        return (rival.on_particles(moved, move) + rival.on_particles(moved, move, past=True)) / 2
+            return value
+        z = here.clone().detach().requires_grad_()
+        (slope,) = torch.autograd.grad(rival.on_particles(z, move, past=True) * len(z), z)
+        return (value + (slope * (moved - here)).sum(1).mean()) / 2
 
     def _minibatch(self) -> tuple[Tensor, Tensor]:
         """What the map is given (n, d), and where it was at the beginning of this JKO step."""
