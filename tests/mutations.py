@@ -193,7 +193,7 @@ MUTATIONS = [
     Mutation("ball crowded at its centre", "functionals", "generator=generator, device=generator.device) ** (1 / d)", "generator=generator, device=generator.device)", "test_jko.py::test_the_uniform_law_on_the_ball"),
     Mutation("interaction without its one half", "functionals", "x[others]).mean(1) / 2", "x[others]).mean(1)", "test_jko.py::test_energies_without_a_critic"),
     Mutation("free energy that the map's expansion raises", "functionals", "_logs(self.log_density, x) - gain", "_logs(self.log_density, x) + gain", "test_jko.py::test_free_energy_is_the_change_of_variables"),
-    Mutation("reference with the second moments about zero", "functionals", "covariance = (wide - self.mean).T @ (wide - self.mean)", "covariance = wide.T @ wide", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
+    Mutation("reference with the second moments about zero", "functionals", "covariance = (wide - self.mean).T @ (wide - self.mean)", "covariance = wide.T @ wide", "test_jko.py::test_kl[0.0]"),
     Mutation("convex network without its strong convexity", "networks/maps", "quadratic = self.strong * u.square().sum(-1) + (u", "quadratic = (u", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
     Mutation("convex network with weights of any sign", "networks/maps", "z @ self.between[k - 1].exp()", "z @ self.between[k - 1]", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
     Mutation("determinant of the factor alone", "networks/maps", "2 * factor.diagonal(", "factor.diagonal(", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
