@@ -382,7 +382,7 @@ def promised(s):
 
 
 def check_two_atom_samples(n=12, eps=100.0):
-    """Two atoms: the mean square over all samples is a finite sum. At large eps a twelfth and an eighth of the bounds."""
+    """Two atoms: the mean square over all samples is a finite sum; at large eps a 12th and an 8th of the bounds."""
     even, where, copy = tilted(0.0), at(-1.0, 0.0, 1.0), pair()
     truth = velocity(pair(), copy, eps, even, even, at=where)
     squares = torch.zeros(2, dtype=F64)
