@@ -21,10 +21,11 @@ from nsgf_lite.training.streams import Stream, described
 
 def _noise(noise: Any) -> Stream:
     """A law, or the dimension of a standard normal one."""
-    if isinstance(noise, Integral | float) and not isinstance(noise, bool):
-        (noise,) = read_counts(noise=noise)
-        unit = tuple(tuple(float(i == j) for j in range(noise)) for i in range(noise))
-        return Stream("noise", Gaussian((0.0,) * noise, unit))
+    if not isinstance(noise, bool) and isinstance(noise, Integral):
+        dimension: Any = noise
+        (d,) = read_counts(noise=dimension)
+        unit = tuple(tuple(float(i == j) for j in range(d)) for i in range(d))
+        return Stream("noise", Gaussian((0.0,) * d, unit))
     return Stream("noise", noise)
 
 

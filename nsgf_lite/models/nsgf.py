@@ -139,5 +139,6 @@ class NSGF(Flow):
     def _batch(self, n: int, step: int, generator: Generator) -> Batch:
         if self._renews(step):
             self._build(self.together, generator, self.on_policy)
-        x, k, v, labels = self.trajectories.sample(n, generator)
-        return x, k.float() / self.steps, self.step * self.steps * v, labels if self.classes else None
+        x, number, v, labels = self.trajectories.sample(n, generator)
+        k = number.float()
+        return x, k / self.steps, self.step * self.steps * v, labels if self.classes else None

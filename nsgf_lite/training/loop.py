@@ -88,9 +88,9 @@ def read_training(training: Training | None) -> Training:
     return training or Training()
 
 
-def read_seed(*, seed: int) -> int:
+def read_seed(*, seed: object) -> int:
     """The seed as one of Python's integers; ValueError if it is none, or none that a generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(seed) >= 2**62:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(int(seed)) >= 2**62:
         raise ValueError(f"seed must be an integer of fewer than 63 bits, got {seed!r}")
     return int(seed)
 
