@@ -216,7 +216,7 @@ class Samples(Reference):
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """As :meth:`Reference.draw`."""
-        return self.stream.draw(n, generator)
+        return self.stream.many(n, generator)
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`Reference.state`."""

@@ -298,6 +298,15 @@ def test_a_models_solvers_agree_and_are_counted():
         (lambda: nl.RectifiedFlow(pairs=0), "pairs must be"),
         (lambda: nl.EPT(step=-0.1), "step must be"),
         (lambda: nl.EPT(longest=math.inf), "longest must be"),
+        (lambda: nl.NSGF(network=MLP(2)), r"network must be None or a function network\(d, classes\), got MLP"),
+        (lambda: nl.NSGF(folder=3), "folder must be None or a path, got 3"),
+        (lambda: nl.NSGFPlusPlus(predictor="clock"), "predictor must be None or a function"),
+        (lambda: nl.RectifiedFlow(teacher="model"), "teacher must be None or a fitted model, got 'model'"),
+        (lambda: nl.FlowMatching().fit(ROUND, FAR, 100), "training must be None or a Training, got 100"),
+        (lambda: nl.FlowMatching().fit(ROUND, FAR, seed=0.5), "seed must be an integer .*, got 0.5"),
+        (lambda: nl.FlowMatching(lambda d, c: 3).fit(ROUND, FAR), "network must make a torch.nn.Module, got int"),
+        (lambda: nl.drifting.train(ratio, nl.fields.MMD(), FAR), "generator must be a network"),
+        (lambda: nl.drifting.train(nn.Linear(2, 2), "drift", FAR), "field must be one"),
     ],
 )
 def test_hyperparameters_out_of_range(make, part):
@@ -508,6 +517,23 @@ def test_what_cannot_be_stacked(tmp_path):
 
 
 # --- a network of the reader's own ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_are_in_single_precision(dtype):
+    """Also where the default is another; one that its maker has put into another dtype is refused, by its name."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        own = nl.FlowMatching(lambda d, c: Plain(d)).fit(ROUND, FAR, SHORT, progress=False)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in own.velocity.parameters()} == {own.sample(3, 2).dtype} == {torch.float32}
+    same(outcome(own), outcome(nl.FlowMatching(lambda d, c: Plain(d)).fit(ROUND, FAR, SHORT, progress=False)))
+    other = lambda d, c: Plain(d).to(dtype)  # noqa: E731
+    refused(lambda: nl.FlowMatching(other).fit(ROUND, FAR, SHORT), f"network must make a network in float32.*{dtype}")
+    plus = nl.NSGFPlusPlus(network=lambda d, c: Plain(d), predictor=other, **FEW)
+    refused(lambda: plus.fit(ROUND, FAR, SHORT, progress=False), f"predictor must make a network in float32.*{dtype}")
 
 
 class Plain(nn.Module):

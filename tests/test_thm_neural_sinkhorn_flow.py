@@ -279,9 +279,9 @@ def check_minibatch_bound(k, n):
     radius = max(R, 2 * R * (1 + eta) ** steps - R)
     s = radius**2 / eps
     grow = max(2, 8 * s)
-    C1 = 2 * radius * math.exp(4 * s) * (grow * (1 + math.exp(2 * s) + 2 * math.cosh(s) ** 2) + 4)
-    C2 = 2 * radius * math.exp(4 * s) * (grow * math.sinh(2 * s) + 4)
-    L2 = math.exp(4 * s) * (1 + 8 * s + 4 * s * math.exp(2 * s) + 8 * s * math.cosh(s) ** 2)
+    C1 = radius / 2 * math.exp(4 * s) * (grow * (1 + math.exp(2 * s) + 2 * math.cosh(s) ** 2) + 16)
+    C2 = radius / 2 * math.exp(4 * s) * (grow * math.sinh(2 * s) + 16)
+    L2 = math.exp(4 * s) * (1 + 5 * s + s * math.exp(2 * s) + 2 * s * math.cosh(s) ** 2)
     bound = 2 * (1 + eta * (s + L2)) ** (2 * k) * (C1**2 + C2**2) / n
     assert 0 < price < bound
     return float(price)

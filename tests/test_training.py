@@ -19,8 +19,10 @@ from torch import nn
 
 import nsgf_lite as nl
 from nsgf_lite import training
+from nsgf_lite.models import two_phase
 from nsgf_lite.networks import MLP, Stack, seeded
-from nsgf_lite.training import checkpoints
+from nsgf_lite.training import checkpoints, train
+from nsgf_lite.training.machines import Machine
 
 ROUND = nl.toy.Gaussian()
 
@@ -566,6 +568,8 @@ for time in range(2):  # the second takes up what the first has done
     model.fit(*laws, budget, checkpoint="run", progress=False)
     model.save(f"model{time}{machine().process_index}")
 nl.EPT(steps=4, particles=50, network=ratio).fit(*laws, budget, progress=False)
+plus = nl.NSGFPlusPlus(network=narrow, predictor=ratio, folder="plus", **few)
+plus.fit(*laws, budget, checkpoint="two", progress=False).save(f"plus{machine().process_index}")
 if machine().process_index == 0:
     os.remove("run.1")
 torch.distributed.barrier()
@@ -611,6 +615,65 @@ def test_two_processes_train_one_network(tmp_path):
     pools = [sorted((tmp_path / name).iterdir()) for name in ("pool", "pool.1")]
     assert len(pools[0]) == len(pools[1]) == 4
     assert all(a.read_bytes() != b.read_bytes() for a, b in zip(*pools, strict=True))
+    plus = [checkpoints.read(tmp_path / f"plus{rank}")[0] for rank in (0, 1)]
+    same(*plus)
+    assert {f"two.{part}{rank}" for part in ("sinkhorn", "straight", "clock") for rank in ("", ".1")} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_a_process_does_not_stand_in_the_way_of_another(tmp_path, monkeypatch):
+    """The second process looks whether it can write its own three files, while the first is at work on the others."""
+    begun = []
+    monkeypatch.setattr(two_phase, "machine", lambda: Machine(torch.device("cpu"), 1, 2))
+    monkeypatch.setattr(nl.NSGF, "fit", lambda *given, **named: begun.append(named["checkpoint"]) or 1 / 0)
+    plus = nl.NSGFPlusPlus(network=narrow, **FEW)
+    with checkpoints.held(tmp_path / "run.sinkhorn"), pytest.raises(ZeroDivisionError):
+        plus.fit(ROUND, FAR, SHORT, checkpoint=tmp_path / "run")
+    assert begun == [f"{tmp_path / 'run'}.sinkhorn"]
+    with checkpoints.held(tmp_path / "run.clock.1"), pytest.raises(OSError, match="another run is at work here"):
+        plus.fit(ROUND, FAR, SHORT, checkpoint=tmp_path / "run")
+
+
+def test_processes_replace_their_checkpoints_together(tmp_path):
+    """When they wait for one another each has written all of the new one, and none has lost the old one."""
+    file, seen = tmp_path / "run", []
+
+    class Meeting(Machine):
+        def all_of(self, number):
+            drafts = [path for path in tmp_path.glob(".run.*.part") if path.stat().st_size]
+            old = checkpoints.read(file)[1]["step"] if file.exists() else None
+            new = [checkpoints.read(path)[1]["step"] for path in drafts]
+            seen.append((number, old, new))
+            return [number]
+
+    network, where = nn.Linear(2, 1), Meeting(torch.device("cpu"), 0, 1)
+    budget = nl.Training(steps=4, every=2, batch=4, warmup=0)
+    train(
+        network,
+        lambda net, step: net(torch.ones(4, 2)).square().mean(),
+        budget,
+        chance(),
+        checkpoint=file,
+        where=where,
+        progress=False,
+    )
+    assert seen == [(0, None, []), (2, None, [2]), (4, 2, [4])]
+
+
+def test_a_run_leaves_the_lock_of_the_next_one(tmp_path):
+    """Whose folder was deleted under it, and made anew by another run."""
+    lock = tmp_path / ".run.lock"
+    with checkpoints.held(tmp_path / "run"):
+        lock.rename(tmp_path / "gone")
+        lock.touch()
+    assert lock.exists()
+
+
+@pytest.mark.parametrize("path", ["pool", "pool/", "a/pool"])
+def test_a_process_adds_its_number_to_the_name(path):
+    first, second = (Machine(torch.device("cpu"), rank, 2).own(path) for rank in (0, 1))
+    assert first == Path(path) and second == Path(path.rstrip("/") + ".1")
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

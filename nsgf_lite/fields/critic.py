@@ -35,7 +35,8 @@ class Critic:
     Parameters
     ----------
     divergence : str
-        ``kl`` for KL(q | p), ``reverse_kl`` for KL(p | q), ``js`` for Jensen and Shannon's divergence.
+        ``kl`` for KL(q | p), ``reverse_kl`` for KL(p | q), ``js`` for Jensen and Shannon's divergence, the *mean* of
+        KL(q | m) and KL(p | m), m = (p + q) / 2 (the JSD of some papers is their sum, twice as much).
     penalty : float
         λ of the term ``-(λ/2) E|grad s|²`` (over particles and data alike) in the objective, in units of squared
         length; 0 for none. With ``kl`` this is a neural KALE.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,29 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.fields import Critic, Field
-from nsgf_lite.inputs import read_counts, read_positive
+from nsgf_lite.inputs import exact, read_counts, read_generator, read_positive
 from nsgf_lite.networks import Stack, evaluating
 from nsgf_lite.toy import Gaussian
 from nsgf_lite.training import Part, Training, machine
 from nsgf_lite.training import train as run
+from nsgf_lite.training.loop import read_seed, read_training
 from nsgf_lite.training.streams import Stream, described
 
 
 def _noise(noise: Any) -> Stream:
     """A law, or the dimension of a standard normal one."""
-    if isinstance(noise, int) and not isinstance(noise, bool):
-        read_counts(noise=noise)
-        unit = tuple(tuple(float(i == j) for j in range(noise)) for i in range(noise))
-        return Stream("noise", Gaussian((0.0,) * noise, unit))
+    if not isinstance(noise, bool) and isinstance(noise, Integral):
+        dimension: Any = noise
+        (d,) = read_counts(noise=dimension)
+        unit = tuple(tuple(float(i == j) for j in range(d)) for i in range(d))
+        return Stream("noise", Gaussian((0.0,) * d, unit))
     return Stream("noise", noise)
+
+
+def _read_generator(generator: nn.Module) -> None:
+    """Check that a network was given, and not what makes one, or a generator of chance; ValueError if not."""
+    if not isinstance(generator, nn.Module):
+        raise ValueError(f"generator must be a network, a torch.nn.Module, got {generator!r}")
 
 
 def velocity(fields: Sequence[Field], x: Tensor, y: Tensor, generator: Generator) -> Tensor:
@@ -106,10 +115,10 @@ def train(
     -------
     :prf:ref:`thm-surrogate-gradient`, :doc:`/book/drifting_models`, :doc:`/book/field_zoo`
     """
-    training = training or Training()
-    m = training.batch if data is None else data
-    read_counts(data=m)
-    read_positive(step=step)
+    training, seed = read_training(training), read_seed(seed=seed)
+    _read_generator(generator)
+    (m,) = read_counts(data=training.batch if data is None else data)
+    (step,) = read_positive(step=step)
     where = machine()
     chance = Generator(where.device).manual_seed(seed + 1_000_003 * where.process_index)
     source, stream = _noise(noise), Stream("target", target)
@@ -120,6 +129,9 @@ def train(
     fields = list(field) if isinstance(field, Sequence) else [field] * members
     if len(fields) != members:
         raise ValueError(f"field must be one, or one for each of the {members} members, got {len(fields)}")
+    for one in fields:
+        if not callable(one):
+            raise ValueError(f"field must be one of nl.fields, or called as they are, got {one!r}")
     parts: dict[str, Part] = {"noise": source, "target": stream}
     learner = next((f for f in fields if hasattr(f, "fit")), None)
     if learner is not None and stacked:
@@ -189,6 +201,7 @@ def train(
     )
 
 
+@exact
 @torch.no_grad()
 def sample(generator: nn.Module, n: int, noise: Any = 2, *, chance: Generator | None = None) -> Tensor:
     """Samples (n, d) of a one-step generator, or (s, n, d) of a stack: one evaluation on fresh noise.
@@ -213,7 +226,9 @@ def sample(generator: nn.Module, n: int, noise: Any = 2, *, chance: Generator | 
     -------
     :doc:`/book/drifting_models`
     """
-    read_counts(n=n)
+    (n,) = read_counts(n=n)
+    _read_generator(generator)
+    read_generator(chance)
     device = next(generator.parameters()).device
     chance = chance or Generator(device).manual_seed(0)
     z = _noise(noise).many(n, chance).to(device)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import read_counts, read_positive
-from nsgf_lite.models.flow import Flow, NetworkFactory, call
+from nsgf_lite.inputs import exact, read_parameters
+from nsgf_lite.models.flow import Flow, NetworkFactory, call, read_factory
 from nsgf_lite.networks import MLP, evaluating
 from nsgf_lite.training import Training, machine, train
+from nsgf_lite.training.loop import read_seed, read_training
 
 
 @dataclass
@@ -61,8 +62,8 @@ class EPT(Flow):
     kept: list[nn.Module] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        read_positive(step=self.step, longest=self.longest)
-        read_counts(steps=self.steps, particles=self.particles)
+        read_parameters(self, positive="step longest", counts="steps particles")
+        read_factory(network=self.network)
 
     @torch.inference_mode(False)
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
@@ -82,13 +83,13 @@ class EPT(Flow):
     ) -> Self:
         """Train on a source and a target; as :meth:`Flow.fit`."""
         # The ratio changes with every move: no average over old weights, and a rate that starts anew for each.
-        training = replace(training or Training(), ema=0.0, warmup=0, decay=self.steps)
+        training = replace(read_training(training), ema=0.0, warmup=0, decay=self.steps)
         inner = training.steps // self.steps
         if inner == 0:
             raise ValueError(f"training must have at least {self.steps} steps, one a move, got {training.steps}")
         where = machine()
         device = where.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(read_seed(seed=seed))
         network = self.prepare(source, target, training, generator)
         if self.classes:
             raise ValueError(f"target must have no classes: EPT here is unconditional, got {self.classes}")
@@ -134,6 +135,7 @@ class EPT(Flow):
         length = self.step * gradient.norm(dim=1, keepdim=True)
         return -self.step * gradient * (longest / length.clamp_min(1e-12)).clamp_max(1)
 
+    @exact
     @torch.no_grad()
     def path(
         self,

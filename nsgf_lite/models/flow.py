@@ -8,14 +8,21 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import read_clouds, read_counts
-from nsgf_lite.models.saved import Saved
-from nsgf_lite.networks import MLP, call, evaluating, seeded
+from nsgf_lite.inputs import exact, read_clouds, read_counts, read_generator
+from nsgf_lite.models.saved import Saved, made
+from nsgf_lite.networks import MLP, call, evaluating
 from nsgf_lite.particles import METHODS, advance
 from nsgf_lite.training import Part, Stream, Training, fit_together
 from nsgf_lite.training.together import Batch
 
 NetworkFactory = Callable[[int, int], nn.Module]
+
+
+def read_factory(**factories: NetworkFactory | None) -> None:
+    """Check that the named parameters make networks; ValueError if not."""
+    for name, factory in factories.items():
+        if factory is not None and (isinstance(factory, nn.Module) or not callable(factory)):
+            raise ValueError(f"{name} must be None or a function {name}(d, classes), got {factory!r}")
 
 
 @dataclass
@@ -25,7 +32,8 @@ class Flow(Saved):
     A model has the parameters `network`, which makes the network from the dimension and the number of classes,
     ``network(d, classes)``, to be called as ``(x, t)`` or ``(x, t, label)`` (None for :class:`nsgf_lite.networks.MLP`),
     and `labels`, the number of classes that a data loader's labels name. It says in :meth:`_begin` how to prepare, and
-    in :meth:`_batch` which (x, t, v) it regresses on.
+    in :meth:`_batch` which (x, t, v) it regresses on. Networks, batches and samples are float32, whatever torch's
+    default dtype is, and ``torch.autocast`` changes nothing.
 
     Used in
     -------
@@ -90,11 +98,18 @@ class Flow(Saved):
 
     @torch.inference_mode(False)  # in which no gradient could ever be taken of the network
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
-        make = getattr(self, "network", None) or (lambda d, classes: MLP(d, out=self.outputs, classes=classes))
-        self.velocity = seeded(lambda: make(self.dimension, self.classes), generator).to(generator.device)
-        if points is not None and isinstance(self.velocity, MLP):
-            self.velocity.standardise(points)
+        self.velocity = self._made("network", self.outputs, generator, points)
         return self.velocity
+
+    def _made(self, name: str, out: int | None, generator: Generator, points: Tensor | None) -> nn.Module:
+        """The network that the parameter `name` makes, or the one made by default, standardised if there are points."""
+        make = getattr(self, name, None)
+        if make is None:
+            make = lambda d, classes: MLP(d, out=out, classes=classes)  # noqa: E731
+        network = made(name, lambda: make(self.dimension, self.classes), generator)
+        if points is not None and isinstance(network, MLP):
+            network.standardise(points)
+        return network.to(generator.device)
 
     def fit(
         self,
@@ -134,6 +149,7 @@ class Flow(Saved):
         fit_together([self], [source], [target], training, seeds=[seed], checkpoint=checkpoint, progress=progress)
         return self
 
+    @exact
     @torch.no_grad()
     def path(
         self,
@@ -200,7 +216,8 @@ class Flow(Saved):
         """Starting points and labels of a sample."""
         if not hasattr(self, "velocity"):
             raise ValueError("the model has not been fitted: call fit or load first")
-        read_counts(n=n, steps=steps)
+        n, steps = read_counts(n=n, steps=steps)
+        read_generator(generator)
         if label is not None and (type(label) is not int or not 0 <= label < self.classes):
             raise ValueError(f"label must be None or an integer below the classes, {self.classes}, got {label!r}")
         device = next(self.velocity.parameters()).device
@@ -213,12 +230,14 @@ class Flow(Saved):
             read_clouds(start=start)
             if start.shape != (n, self.dimension):
                 raise ValueError(f"start must have shape ({n}, {self.dimension}), got {tuple(start.shape)}")
-            return start.to(device, torch.float32), labels
+            start = start.to(device, torch.float32)
+            read_clouds(start=start)
+            return start, labels
         if not hasattr(self, "source"):
             raise ValueError("a loaded model has no source: give the points to start from as start=")
         if labels is None or not self.source.classes:
             return self.source.draw(n, generator).to(device), labels
-        x = torch.empty(n, self.dimension, device=device)
+        x = torch.empty(n, self.dimension, device=device, dtype=torch.float32)
         for c in labels.unique().tolist():
             x[labels == c] = self.source.draw(int((labels == c).sum()), generator, c).to(device)
         return x, labels

@@ -11,10 +11,11 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from nsgf_lite.functionals import Functional, Move, Reference
-from nsgf_lite.inputs import read_clouds, read_counts, read_flags, read_parameters
-from nsgf_lite.models.saved import Saved
-from nsgf_lite.networks import ICNN, LogRatio, ResidualMap, evaluating, seeded, valued
+from nsgf_lite.inputs import exact, read_clouds, read_counts, read_flags, read_generator, read_parameters
+from nsgf_lite.models.saved import Saved, made
+from nsgf_lite.networks import ICNN, LogRatio, ResidualMap, evaluating, valued
 from nsgf_lite.training import Part, Stream, Training, machine, train
+from nsgf_lite.training.loop import read_seed, read_training
 
 SCHEMES = ("implicit", "crank-nicolson")
 _CROWD, _SHOWN, _LAW = 100_000, 10_000, 10_000  # particles: of a crowd that is not kept, for a value, of a law
@@ -105,6 +106,9 @@ class JKOFlow(Saved):
     source: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name, make in (("transport", self.transport), ("critic", self.critic)):
+            if make is not None and (isinstance(make, nn.Module) or not callable(make)):
+                raise ValueError(f"{name} must be None or a function {name}(d), got {make!r}")
         for name, thing in (("functional", self.functional), ("explicit", self.explicit)):
             if not isinstance(thing, Functional) and not (thing is None and name == "explicit"):
                 raise ValueError(f"{name} must be a Functional, got {type(thing).__name__}")
@@ -148,7 +152,8 @@ class JKOFlow(Saved):
         FloatingPointError
             If the critic or the map diverges, or a log-density is not finite; the message names the JKO step.
         """
-        training = replace(training or Training(), ema=0.0, warmup=0, decay=self.steps)
+        seed = read_seed(seed=seed)
+        training = replace(read_training(training), ema=0.0, warmup=0, decay=self.steps)
         turn = self.descents * (training.steps // self.steps // self.descents)
         if turn == 0:
             need = self.steps * self.descents
@@ -196,7 +201,7 @@ class JKOFlow(Saved):
     @torch.inference_mode(False)
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
         make = self.transport or ResidualMap
-        network = seeded(lambda: make(self.dimension), generator).to(generator.device)
+        network = made("transport", lambda: make(self.dimension), generator).to(generator.device)
         _standardised(network, points)
         self.kept = [
             JKOStep(copy.deepcopy(network), self.explicit, self.step, self.dimension).to(generator.device)
@@ -207,12 +212,13 @@ class JKOFlow(Saved):
     @torch.inference_mode(False)
     def _critic(self, generator: Generator, points: Tensor) -> nn.Module:
         make = self.critic or LogRatio
-        network = seeded(lambda: make(self.dimension), generator).to(generator.device)
+        network = made("critic", lambda: make(self.dimension), generator).to(generator.device)
         _standardised(network, points)
         return network
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
+    @exact
     @torch.no_grad()
     def path(
         self, n: int, *, upto: int | None = None, start: Tensor | None = None, generator: Generator | None = None
@@ -248,25 +254,30 @@ class JKOFlow(Saved):
         """
         return self.path(n, upto=upto, start=start, generator=generator)[-1]
 
-    def _read(self, n: int, upto: int | None) -> None:
+    def _read(self, n: int, upto: int | None) -> int:
         if not self.kept:
             raise ValueError("the model has not been fitted: call fit or load first")
-        read_counts(n=n)
+        (n,) = read_counts(n=n)
         if upto is not None and (isinstance(upto, bool) or not isinstance(upto, int) or not 0 <= upto <= self.steps):
             raise ValueError(f"upto must be None or an integer from 0 to {self.steps}, got {upto!r}")
+        return n
 
     def _start(self, n: int, upto: int | None, start: Tensor | None, generator: Generator | None) -> Tensor:
-        self._read(n, upto)
+        n = self._read(n, upto)
+        read_generator(generator)
         device = self.kept[0].crowd.device
         if start is not None:
             read_clouds(start=start)
             if start.shape != (n, self.dimension):
                 raise ValueError(f"start must have shape ({n}, {self.dimension}), got {tuple(start.shape)}")
-            return start.to(device, torch.float32)
+            start = start.to(device, torch.float32)
+            read_clouds(start=start)
+            return start
         if not hasattr(self, "source"):
             raise ValueError("a loaded model has no source: give the points to start from as start=")
         return self.source.draw(n, generator or torch.Generator(device).manual_seed(0)).to(device)
 
+    @exact
     def log_density(
         self, x: Tensor, *, start: Callable[[Tensor], Tensor], upto: int | None = None, tol: float = 1e-6
     ) -> Tensor:
@@ -307,10 +318,10 @@ class JKOFlow(Saved):
                 raise ValueError(
                     f"transport must make an ICNN for a density, a gradient, got {type(step.map).__name__}"
                 )
-            exact = copy.deepcopy(step.map).double()
-            points = exact.inverse(points, tol)
+            wide = copy.deepcopy(step.map).double()
+            points = wide.inverse(points, tol)
             with torch.no_grad():
-                change = change + exact.log_det(points)
+                change = change + wide.log_det(points)
         return start(points).double() - change
 
     def networks(self) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Neural Sinkhorn gradient flow: a network learns the Sinkhorn flow's velocity."""
 
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.fields import Sinkhorn
-from nsgf_lite.inputs import read_counts, read_flags, read_naturals, read_positive
-from nsgf_lite.models.flow import Batch, Flow, NetworkFactory
+from nsgf_lite.inputs import read_flags, read_parameters
+from nsgf_lite.models.flow import Batch, Flow, NetworkFactory, read_factory
 from nsgf_lite.models.pool import Pool, trajectories
 from nsgf_lite.training import Part, Training, machine
 
@@ -81,12 +82,14 @@ class NSGF(Flow):
     trajectories: Pool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        read_positive(eps=self.eps, step=self.step, tol=self.tol)
-        read_counts(steps=self.steps, minibatch=self.minibatch, pool=self.pool, together=self.together)
+        counts = "steps minibatch pool together"
+        read_parameters(self, positive="eps step tol", counts=counts, naturals="renew labels")
         if self.step >= 2:
             raise ValueError(f"step must be below 2, where explicit steps diverge, got {self.step}")
-        read_naturals(renew=self.renew, labels=self.labels)
         read_flags(on_policy=self.on_policy, half=self.half)
+        read_factory(network=self.network)
+        if not isinstance(self.folder, str | PathLike | None):
+            raise ValueError(f"folder must be None or a path, got {self.folder!r}")
 
     def hyperparameters(self) -> dict[str, object]:
         """As :meth:`Flow.hyperparameters`, without the folder, which may move."""
@@ -94,8 +97,8 @@ class NSGF(Flow):
 
     def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
         """As :meth:`Flow.prepare`; and an empty pool."""
-        rank = machine().process_index
-        self.trajectories = Pool(self.pool, f"{self.folder}.{rank}" if self.folder and rank else self.folder, self.half)
+        folder = None if self.folder is None else machine().own(self.folder)
+        self.trajectories = Pool(self.pool, folder, self.half)
         network = super().prepare(source, target, training, generator)
         if self.pool < self.classes:
             raise ValueError(f"pool must hold a minibatch of each class, {self.classes}, got {self.pool}")
@@ -136,5 +139,6 @@ class NSGF(Flow):
     def _batch(self, n: int, step: int, generator: Generator) -> Batch:
         if self._renews(step):
             self._build(self.together, generator, self.on_policy)
-        x, k, v, labels = self.trajectories.sample(n, generator)
+        x, number, v, labels = self.trajectories.sample(n, generator)
+        k = number.float()
         return x, k / self.steps, self.step * self.steps * v, labels if self.classes else None

@@ -1,6 +1,7 @@
 """The trajectory pool: what the empirical Sinkhorn flow did, bounded in size, recycled, in memory or on disk."""
 
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -86,8 +87,10 @@ class Pool:
     """
 
     def __init__(self, capacity: int, folder: str | Path | None = None, half: bool = False) -> None:
-        read_counts(capacity=capacity)
+        (capacity,) = read_counts(capacity=capacity)
         read_flags(half=half)
+        if not isinstance(folder, str | PathLike | None):
+            raise ValueError(f"folder must be None or a path, got {folder!r}")
         self.capacity, self.folder, self.half = capacity, None if folder is None else Path(folder), half
         if self.folder is not None:
             if self.folder.is_file():
@@ -122,6 +125,10 @@ class Pool:
 
     def add(self, x: Tensor, v: Tensor, labels: Tensor | None = None) -> None:
         """Add b minibatches, x and v (steps, b, n, d) as :func:`trajectories` gives them, labels (b,)."""
+        for name, part in (("x", x), ("v", v)):
+            if not isinstance(part, Tensor) or not part.dtype.is_floating_point:
+                got = part.dtype if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"{name} must be a tensor of floats, got {got}")
         if x.shape != v.shape or x.ndim != 4 or not x.numel():
             raise ValueError(f"x and v must share a shape (steps, b, n, d), got {tuple(x.shape)} and {tuple(v.shape)}")
         if labels is not None and labels.shape != x.shape[1:2]:
@@ -133,11 +140,26 @@ class Pool:
         if not all(bool(torch.isfinite(part).all()) for part in (x, v)):
             raise ValueError("x and v must be finite in float32, got NaN or inf")
         self._shape = shape
+        if self.folder is None and not self.half:
+            self._put_all(x, v, labels)
+            return
         for k in range(x.shape[1]):
             slot = self.added % self.capacity
             self._put(slot, self._halved(slot, x[:, k], v[:, k]) if self.half else (x[:, k], v[:, k]))
-            self._label[self.added % self.capacity] = 0 if labels is None else int(labels[k])
+            self._label[slot] = 0 if labels is None else int(labels[k])
             self.added += 1
+
+    def _put_all(self, x: Tensor, v: Tensor, labels: Tensor | None) -> None:
+        """All minibatches at once, in memory: of more than the capacity the last."""
+        if self._x.numel() == 0:
+            self._x, self._v = (part.new_empty(self.capacity, *self._shape) for part in (x, v))
+        count = x.shape[1]
+        new = torch.arange(max(0, count - self.capacity), count)
+        slots = (self.added + new) % self.capacity
+        for store, part in ((self._x, x), (self._v, v)):
+            store[slots.to(store.device)] = part[:, new.to(part.device)].transpose(0, 1)
+        self._label[slots] = 0 if labels is None else labels.cpu()[new]
+        self.added += count
 
     def _halved(self, slot: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """One minibatch in half precision, from -1 to 1, and its frame kept."""
@@ -195,6 +217,7 @@ class Pool:
         ValueError
             If the pool is empty.
         """
+        (n,) = read_counts(n=n)
         if not len(self):
             raise ValueError("the pool is empty: add trajectories before sampling")
         steps, particles, d = self._shape
@@ -204,7 +227,7 @@ class Pool:
             here = row.to(self._x.device)
             x, v = self._x.view(-1, d)[here], self._v.view(-1, d)[here]
         else:
-            x, v = torch.empty(n, d), torch.empty(n, d)
+            x, v = (torch.empty(n, d, dtype=torch.float32) for _ in "xv")
             inside, home = (row % (steps * particles)).cpu(), slot.cpu()
             for k in home.unique().tolist():
                 for out, part in zip((x, v), self._files[k], strict=True):

@@ -1,5 +1,6 @@
 """What a model of the book is to a file: its parameters, and the networks that it has trained."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
@@ -7,6 +8,7 @@ from typing import Self
 import torch
 from torch import Generator, Tensor, nn
 
+from nsgf_lite.networks import seeded
 from nsgf_lite.training import checkpoints, described, json_like
 
 MAKERS = ("network", "transport", "critic")  # what makes networks: their shapes are in the file
@@ -67,6 +69,17 @@ class Saved:
             except RuntimeError as error:
                 raise ValueError(f"{path} holds a network of another shape: {error}") from None
         return self
+
+
+def made(name: str, make: Callable[[], nn.Module], generator: Generator) -> nn.Module:
+    """The network that the named parameter makes; ValueError if it is none, or not in float32."""
+    network = seeded(make, generator)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} must make a torch.nn.Module, got {type(network).__name__}")
+    kinds = {t.dtype for t in network.state_dict().values() if t.dtype.is_floating_point or t.dtype.is_complex}
+    if kinds - {torch.float32}:
+        raise ValueError(f"{name} must make a network in float32, as the data are, got {kinds - {torch.float32}}")
+    return network
 
 
 def _plain(value: object) -> object:

@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import read_counts
-from nsgf_lite.models.flow import Batch, Flow, NetworkFactory
+from nsgf_lite.inputs import read_parameters
+from nsgf_lite.models.flow import Batch, Flow, NetworkFactory, read_factory
 from nsgf_lite.training import Part, Training
 from nsgf_lite.training.checkpoints import hash_of
 
@@ -53,6 +53,10 @@ class Interpolant(Flow):
     labels: int = 0
     table: Table = field(init=False, default_factory=Table, repr=False)
 
+    def __post_init__(self) -> None:
+        read_parameters(self, naturals="labels")
+        read_factory(network=self.network)
+
     def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
         """As :meth:`Flow.prepare`; and an empty table."""
         self.table = Table()
@@ -70,7 +74,7 @@ class Interpolant(Flow):
         return super()._parts() | {"table": self.table}
 
     def _batch(self, n: int, step: int, generator: Generator) -> Batch:
-        t = torch.rand(n, generator=generator, device=generator.device)
+        t = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float32)
         if len(self.table.x0):
             x0, x1, labels = self.table.sample(n, generator)
         else:
@@ -110,8 +114,10 @@ class FlowMatching(Interpolant):
     smallest: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.smallest, int | float) and 0 <= self.smallest < 1):
-            raise ValueError(f"smallest must be in [0, 1), got {self.smallest!r}")
+        super().__post_init__()
+        read_parameters(self, sizes="smallest")
+        if self.smallest >= 1:
+            raise ValueError(f"smallest must be below 1, got {self.smallest!r}")
 
     def _between(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         kept = 1 - self.smallest
@@ -167,9 +173,8 @@ class OTCFM(Interpolant):
     matched: int = 0
 
     def __post_init__(self) -> None:
-        read_counts(minibatch=self.minibatch)
-        if not (isinstance(self.matched, int) and self.matched >= 0):
-            raise ValueError(f"matched must be a non-negative integer, got {self.matched!r}")
+        super().__post_init__()
+        read_parameters(self, counts="minibatch", naturals="matched")
 
     def prepare(self, source: Any, target: Any, training: Training, generator: Generator) -> nn.Module:
         """As :meth:`Interpolant.prepare`."""
@@ -225,7 +230,10 @@ class RectifiedFlow(Interpolant):
     teacher_steps: int = 100
 
     def __post_init__(self) -> None:
-        read_counts(pairs=self.pairs, teacher_steps=self.teacher_steps)
+        super().__post_init__()
+        read_parameters(self, counts="pairs teacher_steps")
+        if not isinstance(self.teacher, Flow | None):
+            raise ValueError(f"teacher must be None or a fitted model, got {self.teacher!r}")
 
     def hyperparameters(self) -> dict[str, object]:
         """As :meth:`Flow.hyperparameters`, with the teacher's in place of the teacher."""

@@ -7,13 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import read_clouds
-from nsgf_lite.models.flow import Flow, NetworkFactory, call
+from nsgf_lite.inputs import exact, read_clouds
+from nsgf_lite.models.flow import Flow, NetworkFactory, call, read_factory
 from nsgf_lite.models.nsgf import NSGF
 from nsgf_lite.models.straight import Interpolant
-from nsgf_lite.networks import MLP, evaluating, seeded
+from nsgf_lite.networks import evaluating
 from nsgf_lite.particles import advance
 from nsgf_lite.training import Training, checkpoints, machine, train
+from nsgf_lite.training.loop import read_seed, read_training
 
 
 @dataclass
@@ -69,7 +70,11 @@ class NSGFPlusPlus(Flow):
     clock: nn.Module = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.sinkhorn = NSGF(**{f.name: getattr(self, f.name) for f in fields(NSGF) if f.init})
+        names = [f.name for f in fields(NSGF) if f.init]
+        self.sinkhorn = NSGF(**{name: getattr(self, name) for name in names})
+        for name in names:  # as it has read them
+            setattr(self, name, getattr(self.sinkhorn, name))
+        read_factory(predictor=self.predictor)
         if self.steps > 5:
             raise ValueError(f"steps must be at most 5, the first phase is short by design, got {self.steps}")
         self.straight = Interpolant(self.network, self.labels)
@@ -97,18 +102,18 @@ class NSGFPlusPlus(Flow):
 
         The files are `checkpoint` with ``.sinkhorn``, ``.straight`` and ``.clock`` added.
         """
-        training = training or Training()
+        training, seed = read_training(training), read_seed(seed=seed)
+        where = machine()
         files: dict[str, str | None] = {"sinkhorn": None, "straight": None, "clock": None}
         if checkpoint is not None:
             files = {name: f"{checkpoint}.{name}" for name in files}
-            for name in files:  # all three, before the work on any
-                with checkpoints.held(f"{checkpoint}.{name}"):
+            for file in files.values():  # all three, before the work on any
+                with checkpoints.held(where.own(str(file))):
                     pass
         losses: list[float] = []
         for name, part in (("sinkhorn", self.sinkhorn), ("straight", self.straight)):
             part.fit(source, target, training, seed=seed, checkpoint=files[name], progress=progress)
             losses += part.losses
-        where = machine()
         chance = torch.Generator(where.device).manual_seed(seed + 1_000_003 * where.process_index)
         self._make_clock(chance, self.straight._batch(training.batch, 0, chance)[0])
 
@@ -137,6 +142,7 @@ class NSGFPlusPlus(Flow):
         self.dimension, self.classes, self.losses = self.straight.dimension, self.straight.classes, losses
         return self
 
+    @exact
     @torch.no_grad()
     def time(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predicted times (n,) at which the points x (n, d) lie on a straight path, for their labels (n,) if any.
@@ -159,6 +165,7 @@ class NSGFPlusPlus(Flow):
         """Network evaluations for each sample: the Sinkhorn steps, one of the predictor, and the straight flow's."""
         return self.steps + 1 + super().evaluations(steps, solver)
 
+    @exact
     @torch.no_grad()
     def path(
         self,
@@ -197,11 +204,8 @@ class NSGFPlusPlus(Flow):
         return self.velocity
 
     def _make_clock(self, generator: Generator, points: Tensor | None = None) -> None:
-        make = self.predictor or (lambda d, classes: MLP(d, out=1, classes=classes))
-        part = self.straight
-        self.clock = seeded(lambda: make(part.dimension, part.classes), generator).to(generator.device)
-        if points is not None and isinstance(self.clock, MLP):
-            self.clock.standardise(points)
+        self.dimension, self.classes = self.straight.dimension, self.straight.classes
+        self.clock = self._made("predictor", 1, generator, points)
 
     def networks(self) -> dict[str, nn.Module]:
         """The three networks that :meth:`Flow.save` writes."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import read_clouds, read_counts, read_finite, read_positive
+from nsgf_lite.inputs import exact, read_clouds, read_counts, read_finite, read_positive
 from nsgf_lite.networks.perceptrons import _standardise
 
 
@@ -180,9 +180,10 @@ class ICNN(_Standardised):
         self.slope = nn.Parameter(torch.zeros(dimension))
         self._begin_at_identity()
 
+    @exact
     @torch.no_grad()
     def _begin_at_identity(self) -> None:
-        """Set slope and root so that gradient and Hessian at the centre are those of the identity."""
+        """Set slope and root so that the gradient and the Hessian at the centre are those of the identity."""
         zero = torch.zeros(1, self.dimension)
         hessian = self.hessian(zero)[0] - self.root.T @ self.root
         self.slope.sub_(self(zero)[0])

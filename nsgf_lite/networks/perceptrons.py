@@ -23,19 +23,33 @@ def lent_chance(devices: Sequence[int] | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _single() -> Iterator[None]:
+    """Torch's default of float32, whatever its caller's is, and that again afterwards."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def seeded(make: Callable[[], Module], generator: Generator) -> Module:
     """Return ``make()``, its weights drawn from the generator and not from torch's global state.
+
+    They are float32 under every default dtype, unless `make` asks for another itself.
 
     Used in
     -------
     :meth:`nsgf_lite.Flow.fit`
     """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    with lent_chance(), torch.inference_mode(False):  # weights made in inference mode could never be trained
+    with lent_chance(), _single(), torch.inference_mode(False):  # weights made in inference mode could never be trained
         torch.manual_seed(seed)
         return make()
 
 
+@torch.no_grad()
 def _standardise(centre: Tensor, spread: Tensor, **cloud: Tensor) -> None:
     read_clouds(**cloud)
     ((name, points),) = cloud.items()

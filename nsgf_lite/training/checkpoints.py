@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -58,11 +58,17 @@ def _draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> str:
+def write(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, object],
+    complete: Callable[[], object] = lambda: None,
+) -> str:
     """Write the tensors and the metadata (anything JSON can say) to one file, atomically, and return its hash.
 
     The file gets its name only when all of it is on the disk: a run that is killed leaves the old file or the new one.
-    Its folder is made. The same content makes the same bytes.
+    Just before, `complete` is called: there processes wait for one another, so that their files change together.
+    The folder is made. The same content makes the same bytes.
 
     Raises
     ------
@@ -87,6 +93,7 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, obje
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            complete()
             os.replace(draft, path)
         except OSError:
             with suppress(OSError):
@@ -160,7 +167,8 @@ def held(path: str | Path, folder: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # Windows deletes no open file: there it stays, unlocked
-            lock.unlink()
+            if os.path.samestat(os.fstat(file), os.stat(lock)):  # or it is another run's: the folder was made anew
+                lock.unlink()
         os.close(file)
         _claimed.discard(key)
 

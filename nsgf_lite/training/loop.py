@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from nsgf_lite.inputs import read_counts, read_naturals, read_positive
+from nsgf_lite.inputs import exact, read_parameters
 from nsgf_lite.networks import Stack
 from nsgf_lite.training import checkpoints
 from nsgf_lite.training.machines import Machine, chance_of_dropout, machine
@@ -65,11 +66,10 @@ class Training:
     every: int = 1_000
 
     def __post_init__(self) -> None:
-        read_counts(steps=self.steps, batch=self.batch, every=self.every)
-        read_positive(rate=self.rate, clip=self.clip)
-        read_naturals(warmup=self.warmup, decay=self.decay)
-        if not (isinstance(self.ema, int | float) and 0 <= self.ema < 1):
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+        counts, naturals = "steps batch every", "warmup decay"
+        read_parameters(self, positive="rate clip", sizes="ema", counts=counts, naturals=naturals)
+        if self.ema >= 1:
+            raise ValueError(f"ema must be below 1, got {self.ema!r}")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of the step, counted from 0."""
@@ -79,6 +79,20 @@ class Training:
             return self.rate
         length = max(1, (self.steps - self.warmup) // self.decay)
         return self.rate * (1 + math.cos(math.pi * ((step - self.warmup) % length) / length)) / 2
+
+
+def read_training(training: Training | None) -> Training:
+    """The budget, or that by default if there is none; ValueError if it is no budget."""
+    if not isinstance(training, Training | None):
+        raise ValueError(f"training must be None or a Training, got {training!r}")
+    return training or Training()
+
+
+def read_seed(*, seed: object) -> int:
+    """The seed as one of Python's integers; ValueError if it is none, or none that a generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(int(seed)) >= 2**62:
+        raise ValueError(f"seed must be an integer of fewer than 63 bits, got {seed!r}")
+    return int(seed)
 
 
 class Part(Protocol):
@@ -111,6 +125,7 @@ class Chance:
         self.generator.set_state(state["state"])
 
 
+@exact
 def train(
     network: nn.Module,
     loss: Callable[[nn.Module, int], Tensor],
@@ -151,7 +166,7 @@ def train(
         and so is one made by other code of this library.
     checkpoint : path
         File to write every ``training.every`` steps and at the end, and to resume from if it is there. Other processes
-        than the first add their number to the name.
+        than the first add their number to the name; none replaces its file before all have written theirs.
     saved : callable
         Called after each checkpoint, or where one would have been: what only older ones need may go.
     progress : bool
@@ -177,7 +192,7 @@ def train(
     """
     where, parts = where or machine(), parts or {}
     rank = where.process_index
-    file = None if checkpoint is None else Path(f"{checkpoint}.{rank}" if rank else checkpoint)
+    file = None if checkpoint is None else where.own(checkpoint)
     with ExitStack() as to_the_end:
         if file is not None:
             to_the_end.enter_context(checkpoints.held(file))
@@ -208,7 +223,7 @@ def train(
                 bar.update()
                 if run.done % training.every == 0 or run.done == training.steps:
                     if file is not None:
-                        checkpoints.write(file, *run.state(whose))
+                        checkpoints.write(file, *run.state(whose), complete=lambda: where.all_of(run.done))
                     saved()
     if training.ema:
         network.load_state_dict(run.ema.module.state_dict())

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -26,6 +28,10 @@ class Machine:
         if self.num_processes > 1:
             torch.distributed.all_gather_object(numbers, number)
         return numbers
+
+    def own(self, path: str | PathLike[str]) -> Path:
+        """The path, of a file or a folder, as this process has it: other processes than the first add their number."""
+        return Path(f"{Path(path)}.{self.process_index}" if self.process_index else path)
 
     def shared(self, network: nn.Module) -> nn.Module:
         """The network as one whose gradients are means over all processes."""

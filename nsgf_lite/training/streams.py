@@ -66,6 +66,19 @@ def _arrays(value: object, name: str, depth: int) -> Iterator[tuple[str, Tensor]
         yield from _arrays(part, f"{name}.{key}", depth - 1)
 
 
+def _single(name: str, points: Tensor) -> Tensor:
+    """Points (n, ...) as a cloud (n, d) in float32; ValueError if they are none, or integers other than bytes."""
+    if points.ndim > 1:
+        points = points.flatten(1)
+        if points.dtype == torch.float64:
+            read_clouds(**{name: points})
+        if points.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+            raise ValueError(f"{name} must be points, floats or the bytes (uint8) of images, got {points.dtype}")
+        points = points.float()
+    read_clouds(**{name: points})
+    return points
+
+
 class Stream:
     """Endless minibatches (n, d) in float32 of a law, a tensor or a data loader, class by class where there are labels.
 
@@ -115,8 +128,7 @@ class Stream:
         self.classes = len(data) if isinstance(data, list | tuple) else 0
         for c, part in enumerate(data if self.classes else [data]):
             if isinstance(part, Tensor):
-                part = part.detach().flatten(1).float() if part.ndim > 1 else part
-                read_clouds(**{f"{name} of class {c}" if self.classes else name: part})
+                part = _single(f"{name} of class {c}" if self.classes else name, part.detach())
             elif not hasattr(part, "sample"):
                 raise ValueError(
                     f"{name} must be a law with sample(n, generator), a tensor, a DataLoader, or one of these for "

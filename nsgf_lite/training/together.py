@@ -1,5 +1,6 @@
 """Fit equal models side by side: one training of their networks, stacked."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -8,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.networks import MLP, Stack, call
-from nsgf_lite.training.loop import Chance, Part, Training, train
+from nsgf_lite.training.loop import Chance, Part, Training, read_seed, read_training, train
 from nsgf_lite.training.machines import machine
 from nsgf_lite.training.streams import Stream
 
@@ -56,6 +57,7 @@ class Trainee(Protocol):
         ...
 
 
+@torch.inference_mode(False)  # in which no pool could be filled and no network trained
 def fit_together(
     models: Sequence[Trainee],
     sources: Sequence[Any],
@@ -81,7 +83,7 @@ def fit_together(
     -------
     :doc:`/book/two_dimensional_benchmark`
     """
-    training = training or Training()
+    training = read_training(training)
     counts = {"sources": len(sources), "targets": len(targets), "seeds": len(seeds)}
     for name, count in counts.items():
         if count != len(models) or not count:
@@ -92,10 +94,11 @@ def fit_together(
         if model.alone:
             raise ValueError(f"{type(model).__name__} cannot be fitted together with others: call its fit")
     folders = [str(folder) for folder in (getattr(model, "folder", None) for model in models) if folder is not None]
-    if len(set(folders)) < len(folders):
+    if len(set(map(os.path.realpath, folders))) < len(folders):
         raise ValueError(f"each model needs a folder of its own, got {folders}")
     where = machine()
     rank = 1_000_003 * where.process_index
+    seeds = [read_seed(seed=seed) for seed in seeds]
     chances = [torch.Generator(where.device).manual_seed(seed + rank) for seed in seeds]
     each = list(zip(models, chances, strict=True))
     nets = [
@@ -106,7 +109,7 @@ def fit_together(
         raise ValueError("network must make a new network each time, and has made the same one twice")
     alone = len(nets) == 1
     network = nets[0] if alone else Stack(nets)
-    spreads = [net.spread if isinstance(net, MLP) else torch.ones(()) for net in nets]
+    spreads = [net.spread if isinstance(net, MLP) else torch.ones((), dtype=torch.float32) for net in nets]
     unit = torch.stack(spreads).to(where.device)  # so that clipping does not depend on the unit of length
 
     def loss(net: nn.Module, step: int) -> Tensor:
