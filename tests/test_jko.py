@@ -31,6 +31,9 @@ def convex(d, seed=0, **options):
     with torch.no_grad():
         for p in net.parameters():
             p += 0.2 * torch.randn(p.shape, generator=chance(seed + 1), dtype=F64)
+        net.root *= 0.1  # so that its convexity is not the quadratic form's
+        net.last += 4
+        net.affine[1].bias += 20  # its last units add what they get
     return net
 
 
@@ -58,6 +61,10 @@ def test_a_convex_network_is_the_gradient_of_a_convex_function(d):
     assert float((differences - differences.mT).detach().abs().max()) < 1e-8
     assert float(torch.linalg.eigvalsh(hessian).min()) > net.strong
     assert torch.allclose(net.log_det(x), torch.logdet(differences), atol=1e-6)
+    twin = ICNN(d, width=8, strong=0.55).double()
+    twin.load_state_dict(net.state_dict())
+    half = (twin.potential(x) - net.potential(x)) / (x - net.centre).square().sum(1)
+    assert torch.allclose(half, torch.full_like(half, 0.25))
     y = normal(40, d, seed=6)
     middle = net.potential((x + y) / 2)
     gap = (net.potential(x) + net.potential(y)) / 2 - middle
