@@ -342,6 +342,32 @@ def test_distance_of_two_atoms(distance):
     refused(lambda: closed_forms.two_atom_mass(0.7, 0.4, distance, 0.5), "distance must", f"got {distance!r}")
 
 
+JKO = {"mean": 0.0, "covariance": 1.0, "target_mean": 1.0, "target_covariance": 2.0}
+
+
+@pytest.mark.parametrize("name", ["covariance", "target_covariance"])
+@pytest.mark.parametrize(("covariance", "need"), BAD_COVARIANCES)
+def test_covariances_of_steps_between_gaussians(name, covariance, need):
+    need = need.replace("A must|B must", f"{name} must")
+    for function in (closed_forms.gaussian_kl, closed_forms.gaussian_chi2):
+        refused(lambda function=function: function(**JKO | {name: covariance}), f"^{name} must", need, "got")
+    refused(lambda: closed_forms.jko_gaussian(**JKO | {name: covariance}, step=0.1), f"^{name} must", need, "got")
+
+
+def test_steps_between_gaussians():
+    step = closed_forms.jko_gaussian
+    for scheme in ("jko", "explicit", "crank-nicolson", "trapezoid"):
+        step(**JKO, step=0.1, scheme=scheme)
+    for size in (0.0, -1.0, NAN, INF, "0.1", None, True):
+        refused(lambda size=size: step(**JKO, step=size), "^step must be a positive", f"got {size!r}")
+    refused(lambda: step(**JKO, step=0.1, scheme="euler"), "^scheme must be one of jko", "got 'euler'")
+    refused(lambda: step(**JKO | {"mean": [0.0, 1.0]}, step=0.1), "^mean must have 1 entries", "got 2")
+    refused(lambda: step(**JKO | {"target_mean": NAN}, step=0.1), "^target_mean must be finite", "nan")
+    refused(lambda: step(0.0, 0.01, 0.0, 1.0, 0.5, "crank-nicolson"), "^step must leave", "got 0.5")
+    refused(lambda: step(0.0, 4.0, 0.0, 1.0, 4 / 3, "explicit"), "^step must not flatten", "got 1.33")
+    assert closed_forms.gaussian_chi2(0.0, 2.0, 0.0, 1.0) == INF
+
+
 @pytest.mark.parametrize("t", [-0.1, NAN, INF, "late", None, True])
 def test_ou_moments(t):
     refused(lambda: closed_forms.ou_moments(t, 1.0, 0.0), "^t must be a non-negative", f"got {t!r}")

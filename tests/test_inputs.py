@@ -173,6 +173,7 @@ PAIRS = PLANE | SPACE
 
 LAW = {"m": [0.0, 1.0], "S": [[1.0, 0.25], [0.25, 2.0]], "mean": [1.0, -1.0], "goal": [[2.0, 0.0], [0.0, 0.5]]}
 MS, TG = (LAW["m"], LAW["S"]), (LAW["mean"], LAW["goal"])
+KL = dict(zip(("mean", "covariance", "target_mean", "target_covariance"), MS + TG, strict=True))
 AT = {"x": grid(5, 2, 6)}
 POINTS = {
     "cross_velocity": Row(lambda x, h: closed_forms.cross_velocity(x, h), AT | {"h": 0.5}, None),
@@ -211,6 +212,12 @@ MATRICES = {
         closed_forms.segment_law,
         {"t": 0.25, "m": LAW["m"], "S": LAW["S"], "target_mean": LAW["mean"], "target_covariance": LAW["goal"]},
         None,
+    ),
+    "gaussian_kl": Row(closed_forms.gaussian_kl, KL, None),
+    "gaussian_chi2": Row(closed_forms.gaussian_chi2, KL | {"covariance": [[1.0, 0.25], [0.25, 0.5]]}, None),
+    "jko_gaussian": Row(closed_forms.jko_gaussian, KL | {"step": 0.25}, None),
+    "jko_gaussian, crank-nicolson": Row(
+        closed_forms.jko_gaussian, KL | {"step": 0.25, "scheme": "crank-nicolson"}, None
     ),
     "ou_moments": Row(closed_forms.ou_moments, {"t": 0.5, "A": LAW["S"], "b": LAW["m"]}, None),
     "two_atom_mass": Row(closed_forms.two_atom_mass, {"alpha": 0.75, "beta": 0.5, "distance": 2.0, "eps": 0.5}, None),

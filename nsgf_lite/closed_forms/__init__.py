@@ -9,6 +9,7 @@ from nsgf_lite.closed_forms.gaussians import (
     gaussian_ot,
     gaussian_velocity,
 )
+from nsgf_lite.closed_forms.jko import gaussian_chi2, gaussian_kl, jko_gaussian
 from nsgf_lite.closed_forms.segments import (
     gaussian_w2,
     handover_constant,
@@ -21,13 +22,16 @@ __all__ = [
     "barenblatt",
     "cross_curl",
     "cross_velocity",
+    "gaussian_chi2",
     "gaussian_divergence",
     "gaussian_flow",
+    "gaussian_kl",
     "gaussian_map",
     "gaussian_ot",
     "gaussian_velocity",
     "gaussian_w2",
     "handover_constant",
+    "jko_gaussian",
     "ou_moments",
     "segment_law",
     "segment_time",
