@@ -17,7 +17,7 @@ from nsgf_lite.networks import ICNN, LogRatio, ResidualMap, evaluating, valued
 from nsgf_lite.training import Part, Stream, Training, machine, train
 from nsgf_lite.training.loop import read_seed, read_training
 
-SCHEMES = ("implicit", "crank-nicolson")
+SCHEMES = ("jko", "trapezoid", "crank-nicolson")
 _CROWD, _SHOWN, _LAW = 100_000, 10_000, 10_000  # particles: of a crowd that is not kept, for a value, of a law
 
 
@@ -61,9 +61,10 @@ class JKOFlow(Saved):
     explicit : Functional
         A further functional, taken by an explicit step before each implicit one (forward-backward); None for none.
     scheme : str
-        ``implicit``, or ``crank-nicolson``: half of F at the end of the step, and half of it linearised at its
-        beginning, ``∇ δF/δP (P_k)(X) · (T(X) - X)``, where the last critic knows its first variation (the first step
-        is implicit). Of second order in the step; with the first variation at T(X), as in the paper, of first.
+        ``jko``; ``trapezoid``, half of F at the end of the step and half of it linearised at its beginning,
+        ``E ∇(δF/δP)(X) · (T(X) - X)``, of second order in the step; or ``crank-nicolson``, the paper's, which has the
+        first variation at T(X) there and is of first order. The last critic knows the first variation; the first step
+        is one of ``jko``.
     ascents, descents : int
         Number of steps of the critic, and of the map, before the other's turn. The training counts the map's.
     particles : int
@@ -94,7 +95,7 @@ class JKOFlow(Saved):
     step: float
     steps: int
     explicit: Functional | None = None
-    scheme: str = "implicit"
+    scheme: str = "jko"
     ascents: int = 3
     descents: int = 1
     particles: int | None = _CROWD
@@ -422,7 +423,7 @@ class _Run:
     def _next(self) -> None:
         self.close()
         self.k += 1
-        if self.model.scheme == "crank-nicolson":
+        if self.model.scheme != "jko":
             for rival in self.rivals:
                 if rival.reference is not None:
                     rival.last = copy.deepcopy(rival.network), copy.deepcopy(rival.reference)
@@ -457,10 +458,12 @@ class _Run:
             return (moved - here).square().sum(1).mean() / (2 * self.model.step) + value
 
     def _value(self, rival: Rival, moved: Tensor, here: Tensor, move: Move) -> Tensor:
-        """The functional after the step, or half of it and half of its linearisation before the step."""
+        """The functional after the step, or half of it and half of what the scheme takes of the law before."""
         value = rival.on_particles(moved, move)
         if rival.last is None:
             return value
+        if self.model.scheme == "crank-nicolson":
+            return (value + rival.on_particles(moved, move, past=True)) / 2
         z = here.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(rival.on_particles(z, move, past=True) * len(z), z)
         return (value + (slope * (moved - here)).sum(1).mean()) / 2
