@@ -356,7 +356,7 @@ def implicit(y, a):
     n = len(y)
 
     def objective(z):
-        x = torch.tensor(np.concatenate([[0.0], np.cumsum(np.exp(z[1:]))]))[:, None]
+        x = torch.tensor(np.concatenate([[0.0], np.cumsum(np.exp(z[1:].clip(-30, 30)))]))[:, None]
         x = x - x.mean() + z[0]
         return float(((x - y) ** 2).mean()) / (2 * a) + gas_energy(x), x
 
@@ -430,7 +430,7 @@ def minimised(objective, y):
     """Over ordered positions, by SciPy, in the mean and the logarithms of the gaps."""
 
     def at(z):
-        x = torch.tensor(np.concatenate([[0.0], np.cumsum(np.exp(z[1:]))]))[:, None]
+        x = torch.tensor(np.concatenate([[0.0], np.cumsum(np.exp(z[1:].clip(-30, 30)))]))[:, None]
         return x - x.mean() + z[0]
 
     start = np.concatenate([[float(y.mean())], np.log(np.diff(np.sort(y[:, 0].numpy())) + 1e-3)])
