@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
+from nsgf_lite import fields
 from nsgf_lite.inputs import read_parameters, read_positive
 from nsgf_lite.networks import ICNN
 from nsgf_lite.training.streams import Stream
@@ -528,16 +529,5 @@ class Interaction(Functional):
         return self.W(x.unsqueeze(1) - x[others]).mean(1) / 2
 
     def slope(self, x: Tensor, crowd: Tensor) -> Tensor:
-        """As :meth:`Functional.slope`, by blocks of rows; a particle of the crowd does not act on itself."""
-        rows = max(1, 4_000_000 // (len(crowd) * x.shape[1]))
-        return torch.cat([self._pull(part, crowd) for part in x.split(rows)])
-
-    def _pull(self, x: Tensor, crowd: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            z = x.clone().detach().requires_grad_()
-            apart = z.unsqueeze(1) - crowd
-            same = (apart == 0).all(-1)
-            values = self.W(torch.where(same.unsqueeze(-1), torch.ones_like(apart), apart))
-            shares = (~same).to(values) / (~same).sum(1, keepdim=True).clamp_min(1)
-            (slope,) = torch.autograd.grad((values * shares).sum(), z)
-        return slope
+        """As :meth:`Functional.slope`: minus the velocity of :class:`nsgf_lite.fields.Interaction`."""
+        return -fields.Interaction(self.W)(crowd, at=x)

@@ -136,6 +136,11 @@ MUTATIONS = [
     Mutation("slices summed and not averaged", "fields/transport", "theta / self.directions", "theta"),
     Mutation("slices: the line's monotone plan reversed", "fields/transport", "order_u, order_v = u.argsort(-1), v.argsort(-1)", "order_u, order_v = u.argsort(-1), v.argsort(-1, descending=True)"),
     Mutation("slices in directions that are not of length one", "fields/transport", "theta = theta / theta.norm(dim=-1, keepdim=True)", "theta = theta / theta.norm(dim=-1, keepdim=True) ** 2"),
+    # interactions
+    Mutation("interaction uphill", "fields/interaction", "return -(a.unsqueeze(-1)", "return (a.unsqueeze(-1)"),
+    Mutation("interaction of all pairs, without its one half", "fields/interaction", "return -(a.unsqueeze(-1)", "return -2 * (a.unsqueeze(-1)"),
+    Mutation("interaction blind to weights", "fields/interaction", "(a.unsqueeze(-1).unsqueeze(-3) * slope).sum(-2)", "slope.mean(-2)"),
+    Mutation("interaction of a particle with itself", "fields/interaction", "slope = torch.where(together, torch.zeros_like(slope), slope)", "slope = slope + 0"),
     # one-step generators, smoothed scores
     Mutation("mean shift without the crowd", "fields/scores", "        return towards - away", "        return towards - z"),
     Mutation("mean shift blind to the data's weights", "fields/scores", "log_kernel(z, y, self.h) + b.log().unsqueeze(-2), y", "log_kernel(z, y, self.h), y"),

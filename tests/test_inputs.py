@@ -106,6 +106,7 @@ FIELDS = {
     "KALE": lambda lam, h, max_iter: fields.KALE(lam, h, max_iter=max_iter),
     "SlicedWasserstein": lambda directions: fields.SlicedWasserstein(directions),
     "Wasserstein": lambda: fields.Wasserstein(),
+    "Interaction": lambda: fields.Interaction(lambda z: z.square().sum(-1) / 2 - (z**4).sum(-1).sqrt()),
 }
 PARAMETERS = {"eps": 0.5, "tol": 1e-9, "h": 0.75, "nodes": 2, "draws": 3, "iterations": 2, "tau": 0.5, "floor": 0.125}
 PARAMETERS |= {"lam": 0.25, "max_iter": 30, "directions": 5}

@@ -2,6 +2,7 @@
 
 from nsgf_lite.fields.base import Field, UnderflowWarning
 from nsgf_lite.fields.critic import Critic
+from nsgf_lite.fields.interaction import Interaction
 from nsgf_lite.fields.scores import Drift, ScoreDifference, SinkhornProxy, SmoothedKL
 from nsgf_lite.fields.transport import Sinkhorn, SlicedWasserstein, Wasserstein, exact_plan
 from nsgf_lite.fields.witness import KALE, MMD, DrMMD, Kernel
@@ -11,6 +12,7 @@ __all__ = [
     "DrMMD",
     "Drift",
     "Field",
+    "Interaction",
     "KALE",
     "Kernel",
     "MMD",
