@@ -1,6 +1,6 @@
 """nsgf-lite: generative modelling by Wasserstein gradient flows, the library that the book's chapters call."""
 
-from nsgf_lite import closed_forms, fields, metrics, networks, plots, toy
+from nsgf_lite import closed_forms, fields, logistic, metrics, networks, plots, targets, toy
 from nsgf_lite.checks import check, scale
 from nsgf_lite.models import (
     EPT,
@@ -15,7 +15,7 @@ from nsgf_lite.models import (
     drifting,
     trajectories,
 )
-from nsgf_lite.particles import follow
+from nsgf_lite.particles import follow, langevin
 from nsgf_lite.training import Training, fit_together
 from nsgf_lite.transport import (
     BarycentricMap,
@@ -52,6 +52,8 @@ __all__ = [
     "fields",
     "fit_together",
     "follow",
+    "langevin",
+    "logistic",
     "metrics",
     "networks",
     "plan",
@@ -59,6 +61,7 @@ __all__ = [
     "potentials",
     "scale",
     "sinkhorn_divergence",
+    "targets",
     "toy",
     "trajectories",
 ]
