@@ -1,6 +1,6 @@
 """nsgf-lite: generative modelling by Wasserstein gradient flows, the library that the book's chapters call."""
 
-from nsgf_lite import closed_forms, fields, functionals, metrics, networks, plots, toy
+from nsgf_lite import closed_forms, fields, functionals, logistic, metrics, networks, plots, targets, toy
 from nsgf_lite.checks import check, scale
 from nsgf_lite.models import (
     EPT,
@@ -16,7 +16,7 @@ from nsgf_lite.models import (
     drifting,
     trajectories,
 )
-from nsgf_lite.particles import follow
+from nsgf_lite.particles import follow, langevin
 from nsgf_lite.training import Training, fit_together
 from nsgf_lite.transport import (
     BarycentricMap,
@@ -55,6 +55,8 @@ __all__ = [
     "fit_together",
     "follow",
     "functionals",
+    "langevin",
+    "logistic",
     "metrics",
     "networks",
     "plan",
@@ -62,6 +64,7 @@ __all__ = [
     "potentials",
     "scale",
     "sinkhorn_divergence",
+    "targets",
     "toy",
     "trajectories",
 ]

@@ -1,17 +1,21 @@
 """Distances between samples, and the floor below which no generated sample can be expected to go."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Generator, Tensor
 
+from nsgf_lite.closed_forms import gaussian_kl
+from nsgf_lite.closed_forms.gaussians import Matrix, Vector
 from nsgf_lite.fields import exact_plan
 from nsgf_lite.fields.base import median_distance
 from nsgf_lite.inputs import exact, read_clouds, read_counts, read_generator, read_positive
 from nsgf_lite.toy import Law
 
 _BLOCK = 2**24  # entries of a matrix of distances that are held at once
+_TILE = 512  # points along a side of a square of pairs; its numbers stay in the cache
 
 
 @exact
@@ -99,6 +103,154 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
         for block, share in zip(z.split(rows), sign.split(rows), strict=True)
     ]
     return max(math.fsum(parts), 0.0)
+
+
+@exact
+@torch.no_grad()
+def ksd(x: Tensor, score: Callable[[Tensor], Tensor], h: float | None = None) -> float:
+    """Kernelised Stein discrepancy of points x (n, d) from a law known by its score, unbiased; one over length².
+
+    The mean over pairs ``i != j`` of ``k (s_i . s_j + (s_i - s_j) . u / h^2 + d / h^2 - |u|^2 / h^4)`` with
+    ``u = x_i - x_j``, ``k = exp(-|u|^2 / (2h^2))`` and ``s = score(x)``: Liu, Lee and Jordan's S, without a root, which
+    is zero if the points are of that law. Being unbiased it may be negative. Tiles of pairs are summed, in float64.
+
+    Parameters
+    ----------
+    x : Tensor
+        At least two points.
+    score : callable
+        Gradient of the log density, ``(n, d) -> (n, d)``; of a log density ``f`` it is ``partial(nl.fields.score, f)``.
+    h : float or None
+        Bandwidth, in units of length; None for the median distance between distinct points of x. Methods are compared
+        at one bandwidth, so give it then.
+
+    Raises
+    ------
+    ValueError
+        If x is not a cloud of at least two points, a score is not finite or of another shape, or h is not positive, or
+        so small that the discrepancy overflows.
+
+    Source
+    ------
+    Liu, Lee, Jordan (2016), Theorem 3.6; Fan et al. (2022), Section F.1.
+    """
+    read_clouds(x=x)
+    n, d = x.shape[-2:]
+    if x.ndim != 2 or n < 2:
+        raise ValueError(f"x must have shape (n, d) with n > 1, one cloud, got {tuple(x.shape)}")
+    if not callable(score):
+        raise ValueError(f"score must be a function of points (n, d), got {score!r}")
+    slope = score(x)
+    if not isinstance(slope, Tensor) or slope.shape != x.shape or not bool(torch.isfinite(slope).all()):
+        raise ValueError(f"score must give a finite vector for each point, shape {tuple(x.shape)}, got {slope!r:.80}")
+    z, s = x.detach().double() - x.detach().double().mean(0), slope.detach().double()
+    (h,) = read_positive(h=_median_distance(z) if h is None else h)
+    z, s = z / h, s * h  # lengths in units of h: what comes out is in units of 1 / h^2
+    size, along, total = z.square().sum(1), (s * z).sum(1), []
+    for k, l in itertools.combinations_with_replacement(range(0, n, _TILE), 2):
+        here, there = slice(k, k + _TILE), slice(l, l + _TILE)
+        square = (size[here, None] + size[there] - 2 * z[here] @ z[there].T).clamp_min(0)
+        cross = along[here, None] + along[there] - s[here] @ z[there].T - z[here] @ s[there].T
+        values = torch.exp(square / -2) * (s[here] @ s[there].T + cross + d - square)
+        total.append(float(values.sum() - values.diagonal().sum() if k == l else 2 * values.sum()))
+    value = math.fsum(total) / (n * (n - 1)) / h / h if all(map(math.isfinite, total)) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"h must be larger, or the scores smaller: the discrepancy overflows, got h = {h:g}")
+    return value
+
+
+def symmetric_kl(a: Vector, A: Matrix, b: Vector, B: Matrix) -> float:
+    """Symmetric divergence ``KL(N(a, A) | N(b, B)) + KL(N(b, B) | N(a, A))``: the sum, not its half; no unit.
+
+    Raises
+    ------
+    ValueError
+        If a covariance is not symmetric positive definite, or the sizes differ.
+
+    Source
+    ------
+    Fan et al. (2022), Sections 5.2 and F.1, after Mokrov et al. (2021); the sum is what the authors' code has.
+    """
+    return float(gaussian_kl(a, A, b, B) + gaussian_kl(b, B, a, A))
+
+
+def _read_logs(**logs: Tensor) -> list[Tensor]:
+    """Log densities (n,) at one sample's points, in float64; minus infinity where there is no density."""
+    (first, *_) = logs.values()
+    for name, value in logs.items():
+        if not isinstance(value, Tensor) or value.ndim != 1 or not len(value) or value.shape != first.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a log density at each point, shape (n,) for all of them, got {got}")
+        if not value.dtype.is_floating_point or bool(torch.isnan(value).any()) or bool(torch.isposinf(value).any()):
+            raise ValueError(f"{name} must be numbers below +inf, got NaN, +inf or {value.dtype}")
+    return [value.detach().double() for value in logs.values()]
+
+
+def sampled_kl(log_p: Tensor, log_q: Tensor, smallest: float | None = None) -> tuple[float, float]:
+    """KL(p | q) by the mean of ``log p - log q`` over a sample of p, with its standard error; no unit.
+
+    It is infinite where p has mass and q none; then so is the answer as soon as one point of the sample lies there, and
+    :func:`sampled_js`, which is always finite, is the one to report. `smallest` takes densities below it for as large,
+    as the authors' code takes 1e-45: the answer is then finite, and grows with -log of it times the mass outside.
+
+    Parameters
+    ----------
+    log_p, log_q : Tensor
+        Log densities, normalised, at the points of a sample of p: shape (n,), n at least two.
+    smallest : float or None
+        Smallest density, or None.
+
+    Raises
+    ------
+    ValueError
+        If they are not of one shape, one is NaN or +inf, p vanishes at a point of its own sample, or `smallest` is not
+        positive.
+
+    Source
+    ------
+    Fan et al. (2022), Section F.1, after Mokrov et al. (2021).
+    """
+    log_p, log_q = _read_logs(log_p=log_p, log_q=log_q)
+    if len(log_p) < 2 or bool(torch.isneginf(log_p).any()):
+        raise ValueError(f"log_p must be finite at two points or more of a sample of p, got {len(log_p)} points")
+    if smallest is not None:
+        least = math.log(read_positive(smallest=smallest)[0])
+        log_p, log_q = log_p.clamp_min(least), log_q.clamp_min(least)
+    values = log_p - log_q
+    if not bool(torch.isfinite(values).all()):
+        return math.inf, math.inf
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def sampled_js(p_at_x: Tensor, q_at_x: Tensor, p_at_y: Tensor, q_at_y: Tensor) -> tuple[float, float]:
+    """Jensen and Shannon's divergence of p and q by samples x of p and y of q, with its standard error; no unit.
+
+    ``(E_p log(2p/(p+q)) + E_q log(2q/(p+q))) / 2``, between zero and log 2 whatever the supports. Half of what Fan et
+    al. call JSD.
+
+    Parameters
+    ----------
+    p_at_x, q_at_x, p_at_y, q_at_y : Tensor
+        Log densities, normalised, of p and q at the points x (n,) and y (m,), minus infinity where there is none.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, one is NaN or +inf, or a law vanishes at a point of its own sample.
+
+    Source
+    ------
+    Lin (1991).
+    """
+    halves = []
+    for own, other in (_read_logs(p_at_x=p_at_x, q_at_x=q_at_x), _read_logs(q_at_y=q_at_y, p_at_y=p_at_y)):
+        if len(own) < 2 or bool(torch.isneginf(own).any()):
+            raise ValueError(
+                f"a law must have a density at two points or more of its own sample, got {len(own)} points"
+            )
+        halves.append(math.log(2) - torch.logaddexp(torch.zeros_like(own), other - own))
+    error = math.sqrt(sum(float(half.var()) / len(half) for half in halves)) / 2
+    return sum(float(half.mean()) for half in halves) / 2, error
 
 
 def floor(

@@ -218,6 +218,20 @@ MUTATIONS = [
     Mutation("maps applied in the wrong order", "models/jko", "x = step(x)\n        return x", "x = step(x)\n        return self.model.kept[0](x)", "test_jko.py::test_a_step_of_kl_between_gaussians[fresh]"),
     Mutation("density that forgets a determinant", "models/jko", "change = change + wide.log_det(points)", "change = wide.log_det(points)", "test_jko.py::test_density"),
     Mutation("critic's Adam not taken up again", "models/jko", "rival.optimizer.load_state_dict(memory)", "pass", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[particles]"),
+    # targets that are known by their density
+    Mutation("Stein's particles attract each other", "fields/stein", "push = K.sum(-1, keepdim=True) * z - K @ x", "push = K @ x - K.sum(-1, keepdim=True) * z", "test_targets.py::test_stein_is_the_sum_that_it_is_written_as"),
+    Mutation("Stein's bandwidth without its one half", "fields/stein", "median / (2 * math.log(len(z) + 1))", "median / math.log(len(z) + 1)", "test_targets.py::test_stein_is_the_sum_that_it_is_written_as"),
+    Mutation("Langevin's noise without its root of two", "particles", "(2 * step) ** 0.5 * noise", "step**0.5 * noise", "test_targets.py::test_langevin_has_the_law_of_its_recursion"),
+    Mutation("discrepancy with its diagonal", "metrics", "values.sum() - values.diagonal().sum() if k == l", "values.sum() if k == l", "test_targets.py::test_ksd_is_the_sum_over_pairs"),
+    Mutation("discrepancy without the kernel's second derivative", "metrics", "+ cross + d - square)", "+ cross)", "test_targets.py::test_ksd_is_the_sum_over_pairs"),
+    Mutation("discrepancy of Gaussians at half the distance", "closed_forms/diffusions", "T = torch.linalg.solve(one + 2 * A / square, 2 * A)", "T = torch.linalg.solve(one + A / square, A)", "test_targets.py::test_ksd_of_gaussians_in_closed_form"),
+    Mutation("KL of Gaussians, its determinants exchanged", "closed_forms/jko", "(excess - torch.log1p(excess)).sum() / 2", "(excess + torch.log1p(excess)).sum() / 2", "test_targets.py::test_divergences_of_gaussians"),
+    Mutation("mixture's density unnormalised", "targets", "math.log(2 * math.pi) / 2 + math.log(self.scale)", "math.log(2 * math.pi) / 2", "test_targets.py::test_mixtures_have_their_density_and_moments"),
+    Mutation("Barenblatt's distances by m - 1 alone", "targets", "betaincinv(self.d / 2, self.m / (self.m - 1)", "betaincinv(self.d / 2, 1 / (self.m - 1)", "test_targets.py::test_barenblatt_is_sampled_by_its_radial_law"),
+    Mutation("precision's density without its Jacobian", "logistic", "self.shape * log_alpha - self.rate * alpha", "(self.shape - 1) * log_alpha - self.rate * alpha", "test_targets.py::test_the_precision_can_be_integrated_out"),
+    Mutation("weights' prior without the precision's power", "logistic", "q / 2 * (log_alpha - math.log(2 * math.pi))", "-q / 2 * math.log(2 * math.pi)", "test_targets.py::test_the_posterior_is_prior_times_likelihood"),
+    Mutation("mean of logarithms for the logarithm of the mean", "logistic", "torch.logsumexp(logsigmoid(part[:, :-1] @ signed.T), 0)", "logsigmoid(part[:, :-1] @ signed.T).mean(0) + math.log(len(part))", "test_targets.py::test_the_predictive_probability_is_the_samples_mean"),
+    Mutation("Jensen and Shannon's divergence doubled", "metrics", "for half in halves) / 2, error", "for half in halves), error", "test_targets.py::test_divergences_from_densities_at_points"),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 import nsgf_lite as nl
-from nsgf_lite import closed_forms, fields, metrics, networks, plots, toy
+from nsgf_lite import closed_forms, fields, logistic, metrics, networks, plots, targets, toy
 
 F64, REFUSED = torch.float64, (ValueError, TypeError)
 NAN, INF = float("nan"), float("inf")
@@ -176,12 +176,45 @@ LAW = {"m": [0.0, 1.0], "S": [[1.0, 0.25], [0.25, 2.0]], "mean": [1.0, -1.0], "g
 MS, TG = (LAW["m"], LAW["S"]), (LAW["mean"], LAW["goal"])
 KL = dict(zip(("mean", "covariance", "target_mean", "target_covariance"), MS + TG, strict=True))
 AT = {"x": grid(5, 2, 6)}
+CLASSES = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0], dtype=F64)
+CASES = {"x": grid(5, 3, 7), "X": grid(6, 2, 8)}
+
+
+def quartic(x):
+    return -(x**4).sum(1) / 4 + x[:, 0] * x[:, 1] / 4
+
+
 POINTS = {
     "cross_velocity": Row(lambda x, h: closed_forms.cross_velocity(x, h), AT | {"h": 0.5}, None),
     "cross_curl": Row(lambda x, h: closed_forms.cross_curl(x, h), AT | {"h": 0.5}, None),
     "barenblatt": Row(closed_forms.barenblatt, AT | {"t": 1.5, "m": 2.0}, None),
     "gaussian_velocity": Row(lambda x, eps: closed_forms.gaussian_velocity(*MS, *TG, eps)(x), AT | {"eps": 0.5}, None),
     "segment_velocity": Row(lambda x, t: closed_forms.segment_velocity(t, *MS, *TG)(x), AT | {"t": 0.5}, None),
+    "Stein": Row(lambda x, h: fields.Stein(quartic, h)(x), AT | {"h": 0.5}, None),
+    "Stein, median": Row(lambda x: fields.Stein(quartic)(x), AT, None),
+    "score": Row(lambda x: fields.score(quartic, x), AT, None),
+    "langevin": Row(
+        lambda x, step, steps, generator: nl.langevin(quartic, x, step, steps, generator=generator),
+        AT | {"step": 0.0625, "steps": 2},
+        None,
+        seeded=True,
+    ),
+    "ksd": Row(lambda x, h: metrics.ksd(x, lambda z: -z, h), AT | {"h": 0.5}, None),
+    "ksd, median": Row(lambda x: metrics.ksd(x, lambda z: -z), AT, None),
+    "GaussianMixture, density": Row(
+        lambda x, means, scale: targets.GaussianMixture(means, scale).log_density(x),
+        AT | {"means": grid(3, 2, 9), "scale": 0.5},
+        None,
+    ),
+    "Barenblatt, density": Row(
+        lambda x, t, m: targets.Barenblatt(2, t, m).log_density(x).exp(), AT | {"t": 256.0, "m": 2.0}, None
+    ),
+    "LogisticPosterior": Row(
+        lambda x, X, shape, rate: logistic.LogisticPosterior(X, CLASSES, shape, rate).log_density(x),
+        CASES | {"shape": 1.5, "rate": 0.25},
+        None,
+    ),
+    "predictive": Row(lambda x, X: logistic.predictive(x, X, CLASSES), CASES, None),
     "segment_time": Row(lambda x, nodes: closed_forms.segment_time(x, *MS, *TG, nodes), AT | {"nodes": 40}, None),
 }
 MATRICES = {
@@ -197,6 +230,11 @@ MATRICES = {
     "gaussian_w2": Row(
         closed_forms.gaussian_w2, {"a": LAW["m"], "A": LAW["S"], "b": LAW["mean"], "B": LAW["goal"]}, None
     ),
+    "gaussian_ksd": Row(
+        closed_forms.gaussian_ksd, {"a": LAW["m"], "A": LAW["S"], "b": LAW["mean"], "B": LAW["goal"], "h": 0.5}, None
+    ),
+    "symmetric_kl": Row(metrics.symmetric_kl, {"a": LAW["m"], "A": LAW["S"], "b": LAW["mean"], "B": LAW["goal"]}, None),
+    "barenblatt_radius": Row(closed_forms.barenblatt_radius, {"t": 1.5, "d": 3, "m": 2.0}, None),
     "gaussian_flow": Row(
         closed_forms.gaussian_flow,
         {
@@ -231,12 +269,16 @@ MATRICES = {
 }
 
 
+def kind(name):
+    return next(getattr(home, name) for home in (toy, targets, logistic) if hasattr(home, name))
+
+
 def law(kind):
     return lambda n, generator, dtype=torch.float32, **given: kind(**given).sample(n, generator, dtype)
 
 
 LAWS = {
-    name: Row(law(getattr(toy, name)), {"n": 5, "dtype": F64} | given, None, seeded=True)
+    name: Row(law(kind(name)), {"n": 5, "dtype": F64} | given, None, seeded=True)
     for name, given in {
         "Moons": {"noise": 0.25, "scale": 3.0, "shift": -1.0},
         "EightGaussians": {"radius": 5.0, "sigma": 0.5},
@@ -245,11 +287,34 @@ LAWS = {
         "Circles": {"ratio": 0.3, "noise": 0.25, "scale": 3.0},
         "Spiral": {"turns": 1.5, "noise": 0.25, "scale": 0.3},
         "Gaussian": {"mean": (1.0, 2.0), "covariance": ((2.0, 0.5), (0.5, 1.0))},
+        "Barenblatt": {"d": 2, "t": 0.5, "m": 2.0},
+        "Twonorm": {"d": 4},
+        "Ringnorm": {"d": 4},
+        "Waveform": {},
     }.items()
 }
 LAWS["floor"] = Row(
     lambda n, generator, pairs: metrics.floor(toy.Moons(), n, generator, pairs=pairs),
     {"n": 5, "pairs": 2},
+    None,
+    seeded=True,
+)
+
+LAWS["random_mixture"] = Row(
+    lambda d, side, components, generator: targets.random_mixture(d, side, generator, components).means,
+    {"d": 3, "side": 5.0, "components": 4},
+    None,
+    seeded=True,
+)
+LAWS["GaussianMixture"] = Row(
+    lambda means, scale, n, generator: targets.GaussianMixture(means, scale).sample(n, generator, F64),
+    {"means": grid(3, 2, 9), "scale": 0.5, "n": 5},
+    None,
+    seeded=True,
+)
+LAWS["LogisticPosterior, prior"] = Row(
+    lambda X, shape, rate, n, generator: logistic.LogisticPosterior(X, CLASSES, shape, rate).prior(n, generator, F64),
+    {"X": CASES["X"], "shape": 1.5, "rate": 0.25, "n": 5},
     None,
     seeded=True,
 )
@@ -753,11 +818,14 @@ ELSEWHERE = {
         "Flow",  # what the models have in common
         *("check", "scale"),  # test_bad_input.test_checks
         *("BarycentricMap", "ConvergenceWarning", "Potentials"),  # what functions return or tell
-        *("closed_forms", "drifting", "fields", "functionals", "metrics", "networks", "plots", "toy"),  # modules: below
+        *("closed_forms", "drifting", "fields", "functionals", "logistic"),  # modules: below
+        *("metrics", "networks", "plots", "targets", "toy"),
     },
     "fields": {"Field", "UnderflowWarning"},
     "closed_forms": set(),
-    "metrics": set(),
+    "metrics": {"sampled_kl", "sampled_js"},  # test_targets.test_divergences_from_densities_at_points
+    "targets": set(),
+    "logistic": {"Labelled"},
     "drifting": set(),
     "networks": {"call", "valued", "evaluating", "lent_chance"},  # a network's value as it is; what a block is run in
     "plots": {"use", "cloud", "arrows", "frames"},  # test_figures
@@ -777,6 +845,7 @@ def public(module):
 def test_every_public_name_has_a_row():
     tried = {name.split(",")[0] for name in EVERY}
     modules = {"nl": nl, "fields": fields, "closed_forms": closed_forms, "metrics": metrics, "networks": networks}
-    for where, module in (modules | {"drifting": nl.drifting, "plots": plots, "toy": toy}).items():
+    modules |= {"drifting": nl.drifting, "plots": plots, "toy": toy, "targets": nl.targets, "logistic": nl.logistic}
+    for where, module in modules.items():
         assert public(module) - tried - ELSEWHERE[where] == set(), f"no row for these of {where}"
         assert ELSEWHERE[where] <= public(module) | {"use"}, "no such name any more"

@@ -1,7 +1,7 @@
 """What can be written down exactly: the oracles that the solver, the flows and the chapters are tested against."""
 
 from nsgf_lite.closed_forms.atoms import cross_curl, cross_velocity, two_atom_mass, two_atom_velocity
-from nsgf_lite.closed_forms.diffusions import barenblatt, ou_moments
+from nsgf_lite.closed_forms.diffusions import barenblatt, barenblatt_radius, gaussian_ksd, ou_moments
 from nsgf_lite.closed_forms.gaussians import (
     gaussian_divergence,
     gaussian_flow,
@@ -20,12 +20,14 @@ from nsgf_lite.closed_forms.segments import (
 
 __all__ = [
     "barenblatt",
+    "barenblatt_radius",
     "cross_curl",
     "cross_velocity",
     "gaussian_chi2",
     "gaussian_divergence",
     "gaussian_flow",
     "gaussian_kl",
+    "gaussian_ksd",
     "gaussian_map",
     "gaussian_ot",
     "gaussian_velocity",

@@ -30,19 +30,23 @@ def gaussian_kl(mean: Vector, covariance: Matrix, target_mean: Vector, target_co
     Raises
     ------
     ValueError
-        If a covariance is not symmetric positive definite, or the sizes differ.
+        If a covariance is not symmetric positive definite, the sizes differ, or a covariance is singular to rounding.
 
     Used in
     -------
     :prf:ref:`thm-f-duality`, :prf:ref:`thm-kl-reference`, :prf:ref:`thm-moment-projection`,
-    :prf:ref:`thm-jko-gaussian`, :prf:ref:`thm-crank-nicolson`
+    :prf:ref:`thm-jko-gaussian`, :prf:ref:`thm-crank-nicolson`, :func:`nsgf_lite.metrics.symmetric_kl`
     """
     (m, S), (b, B) = _laws(mean, covariance, target_mean, target_covariance)
-    factor = torch.linalg.cholesky(B)
-    inner = torch.linalg.solve_triangular(factor, torch.linalg.cholesky(S), upper=False)
-    shift = torch.linalg.solve_triangular(factor, (m - b)[:, None], upper=False)
-    logs = inner.diagonal().log().sum()
-    return (inner.square().sum() - len(b) + shift.square().sum()) / 2 - logs
+    root = torch.linalg.cholesky(B)
+    inner = torch.linalg.solve_triangular(root, torch.linalg.cholesky(S), upper=False)
+    gap = torch.linalg.solve_triangular(root, (m - b).unsqueeze(1), upper=False)
+    # tr(C) - d - log det(C) of C = inner inner^T, by its eigenvalues, so that little is lost where they are near one
+    excess = torch.linalg.eigvalsh(inner @ inner.T) - 1
+    value = (excess - torch.log1p(excess)).sum() / 2 + gap.square().sum() / 2
+    if not bool(torch.isfinite(value)):
+        raise ValueError("the covariances must be better conditioned: their divergence is not a number in float64")
+    return value
 
 
 def gaussian_chi2(mean: Vector, covariance: Matrix, target_mean: Vector, target_covariance: Matrix) -> Tensor:

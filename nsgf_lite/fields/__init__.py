@@ -4,6 +4,7 @@ from nsgf_lite.fields.base import Field, UnderflowWarning
 from nsgf_lite.fields.critic import Critic
 from nsgf_lite.fields.interaction import Interaction
 from nsgf_lite.fields.scores import Drift, ScoreDifference, SinkhornProxy, SmoothedKL
+from nsgf_lite.fields.stein import Stein, score
 from nsgf_lite.fields.transport import Sinkhorn, SlicedWasserstein, Wasserstein, exact_plan
 from nsgf_lite.fields.witness import KALE, MMD, DrMMD, Kernel
 
@@ -21,7 +22,9 @@ __all__ = [
     "SinkhornProxy",
     "SlicedWasserstein",
     "SmoothedKL",
+    "Stein",
     "UnderflowWarning",
     "Wasserstein",
     "exact_plan",
+    "score",
 ]
