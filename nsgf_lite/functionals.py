@@ -1,5 +1,6 @@
 """What a JKO step descends: functionals of a law, each the largest value that a critic can give it, or an average."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ LogDensity = Callable[[Tensor], Tensor]
 class Functional:
     """A functional F of a law P, known by samples; functionals add, and multiply with positive numbers.
 
-    One with a critic is ``F(P) = constant + sup_s E_P[A(s)] - E_Γ[B(s)]``: :meth:`on_particles` is A, with the
-    constant, and :meth:`on_reference` is B, both of the critic's values s, and the reference law Γ is what
-    :meth:`reference` makes. At the best critic A is the first variation of F. One without a critic is ``E_P[A]``.
+    One with a critic is ``F(P) = unit (constant + sup_s E_P[A(s)] - E_Γ[B(s)])``: :meth:`on_particles` is A, with the
+    constant, and :meth:`on_reference` is B, both of the critic's values s; the reference law Γ is what
+    :meth:`reference` makes, and :meth:`unit` a number. At the best critic ``unit A`` is the first variation of F. One
+    without a critic is ``E_P[A]``.
 
     Used in
     -------
@@ -41,6 +43,10 @@ class Functional:
         """B, one number for each of the critic's values s (n,) at points of Γ."""
         raise NotImplementedError
 
+    def unit(self, reference: "Reference | None") -> float:
+        """What A and B are to be multiplied with; apart, so that a critic learns at one rate in every unit."""
+        return 1.0
+
     def slope(self, x: Tensor, crowd: Tensor) -> Tensor:
         """Gradient (n, d) of the first variation at x (n, d), the law being that of the crowd (m, d)."""
         raise ValueError(f"{type(self).__name__} has no explicit step: its first variation needs a density")
@@ -50,6 +56,8 @@ class Functional:
         return [(1.0, self)]
 
     def __add__(self, other: "Functional") -> "Sum":
+        if not isinstance(other, Functional):
+            return NotImplemented
         return Sum(tuple(self.terms() + other.terms()))
 
     def __rmul__(self, factor: float) -> "Sum":
@@ -110,6 +118,10 @@ class Reference:
     def check(self, x: Tensor) -> None:
         """ValueError if moved particles (n, d) are where the reference does not reach."""
 
+    def frozen(self) -> "Reference":
+        """The law as it is now, whatever becomes of this one."""
+        return copy.deepcopy(self)
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
         return {}
@@ -131,7 +143,7 @@ class Moments(Reference):
         self.mean = wide.mean(0)
         covariance = (wide - self.mean).T @ (wide - self.mean) / max(n - 1, 1)
         values = torch.linalg.eigvalsh(covariance)
-        if n <= d or float(values[0]) <= 1e-12 * float(values[-1]):
+        if n <= d or not float(values[0]) > 1e-12 * float(values[-1]):
             raise ValueError(
                 f"the covariance of {n} particles in dimension {d} is singular: there are too few, or they lie in a "
                 "plane; give more particles"
@@ -140,8 +152,8 @@ class Moments(Reference):
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """As :meth:`Reference.draw`."""
-        mean, factor = self.mean.float(), self.factor.float()
-        noise = torch.randn(n, len(mean), generator=generator, device=generator.device)
+        mean, factor = (t.to(generator.device, torch.float32) for t in (self.mean, self.factor))
+        noise = torch.randn(n, len(mean), generator=generator, device=generator.device, dtype=torch.float32)
         return mean + noise @ factor.T
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -172,19 +184,21 @@ class Ball(Reference):
         """As :meth:`Reference.renew`."""
         self.centre = crowd.mean(0)
         self.radius = (1 + self.margin) * float((crowd - self.centre).norm(dim=1).max())
+        if not self.radius > 0:
+            raise ValueError("the particles must not all be at one place: their law has no density")
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """As :meth:`Reference.draw`."""
         assert self.centre is not None
         d = len(self.centre)
-        way = torch.randn(n, d, generator=generator, device=generator.device)
-        share = torch.rand(n, 1, generator=generator, device=generator.device) ** (1 / d)
-        return self.centre + self.radius * share * way / way.norm(dim=1, keepdim=True)
+        way = torch.randn(n, d, generator=generator, device=generator.device, dtype=torch.float32)
+        share = torch.rand(n, 1, generator=generator, device=generator.device, dtype=torch.float32) ** (1 / d)
+        return self.centre.to(way) + self.radius * share * way / way.norm(dim=1, keepdim=True)
 
     def check(self, x: Tensor) -> None:
         """As :meth:`Reference.check`."""
         assert self.centre is not None
-        out = int(((x.detach() - self.centre).norm(dim=1) > self.radius).sum())
+        out = int(((x.detach() - self.centre.to(x)).norm(dim=1) > self.radius).sum())
         if out:
             raise ValueError(
                 f"{out} of {len(x)} moved particles are outside of the reference ball, where the critic knows nothing: "
@@ -211,13 +225,17 @@ class Ball(Reference):
 
 @dataclass
 class Samples(Reference):
-    """The data."""
+    """The data, which stay what they are."""
 
     stream: Stream
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """As :meth:`Reference.draw`."""
         return self.stream.many(n, generator)
+
+    def frozen(self) -> "Reference":
+        """As :meth:`Reference.frozen`."""
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`Reference.state`."""
@@ -228,20 +246,27 @@ class Samples(Reference):
         self.stream.restore(state)
 
 
+def _data(samples: Any) -> Samples:
+    stream = Stream("samples", samples)
+    if stream.classes:
+        raise ValueError(f"samples must have no classes, got {stream.classes}")
+    return Samples(stream)
+
+
 # --- the functionals --------------------------------------------------------------------------------------------------
 
 
-def _logs(log_density: LogDensity, x: Tensor) -> Tensor:
-    """Values (n,) of a reader's log-density at x (n, d); ValueError or FloatingPointError if they are none."""
-    value = log_density(x)
+def read_values(name: str, function: LogDensity, x: Tensor) -> Tensor:
+    """Values (n,) of a reader's function at x (n, d); ValueError or FloatingPointError if they are none."""
+    value = function(x)
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"log_density must return shape ({len(x)},) at {len(x)} points, got {got}")
+        raise ValueError(f"{name} must return shape ({len(x)},) at {len(x)} points, got {got}")
     wrong = ~torch.isfinite(value)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise FloatingPointError(
-            f"log_density is {float(value[row])} at {int(wrong.sum())} of {len(x)} particles, the first of them "
+            f"{name} is {float(value[row])} at {int(wrong.sum())} of {len(x)} particles, the first of them "
             f"{x[row].tolist()}"
         )
     return value
@@ -284,7 +309,7 @@ class KL(Functional):
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         assert s is not None and isinstance(reference, Moments)
-        return 1 + s + reference.log_density(x) - _logs(self.log_density, x)
+        return 1 + s + reference.log_density(x) - read_values("log_density", self.log_density, x)
 
     def on_reference(self, s: Tensor, reference: Reference) -> Tensor:
         """As :meth:`Functional.on_reference`."""
@@ -313,7 +338,7 @@ class KLSamples(Functional):
 
     def reference(self) -> Reference:
         """As :meth:`Functional.reference`."""
-        return Samples(Stream("samples", self.samples))
+        return _data(self.samples)
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
@@ -349,7 +374,7 @@ class JSD(Functional):
 
     def reference(self) -> Reference:
         """As :meth:`Functional.reference`."""
-        return Samples(Stream("samples", self.samples))
+        return _data(self.samples)
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
@@ -403,14 +428,14 @@ class Entropy(Functional):
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
-        assert s is not None and isinstance(reference, Ball)
-        return self._unit(reference) * self.m / (self.m - 1) * softplus(s) ** (self.m - 1)
+        assert s is not None
+        return self.m / (self.m - 1) * softplus(s) ** (self.m - 1)
 
     def on_reference(self, s: Tensor, reference: Reference) -> Tensor:
         """As :meth:`Functional.on_reference`."""
-        return self._unit(reference) * softplus(s) ** self.m
+        return softplus(s) ** self.m
 
-    def _unit(self, reference: Reference) -> float:
+    def unit(self, reference: Reference | None) -> float:
         """Ω^{1-m}."""
         assert isinstance(reference, Ball)
         return math.exp((1 - self.m) * reference.log_volume)
@@ -418,9 +443,10 @@ class Entropy(Functional):
 
 @dataclass(frozen=True)
 class FreeEnergy(Functional):
-    """``KL(P|Q)`` for a density Q without a critic, up to a constant: ``-E_P[log Q] - E[log det DT]``, T a gradient.
+    """``KL(P|Q)`` for a density Q without a critic, up to an entropy: ``-E_P[log Q] - E[log det DT]``, T a gradient.
 
-    The change of variables: what the map T does to the entropy. For maps that are :class:`nsgf_lite.networks.ICNN`.
+    The change of variables: what the map T does to the entropy of the law before it, which is left out. For maps that
+    are :class:`nsgf_lite.networks.ICNN`.
 
     Parameters
     ----------
@@ -460,11 +486,12 @@ class FreeEnergy(Functional):
             raise ValueError(
                 f"transport must make an ICNN for FreeEnergy, a gradient, got {type(move.network).__name__}"
             )
+        value = read_values("log_density", self.log_density, x)
         if self.determinant == "exact" or move.exact:
             gain = torch.cat([move.network.log_det(part) for part in move.x.split(1000)])
         else:
             gain = move.network.log_det_surrogate(move.x, move.generator, self.iterations)
-        return -_logs(self.log_density, x) - gain
+        return -value - gain
 
 
 @dataclass(frozen=True)
@@ -490,13 +517,13 @@ class Potential(Functional):
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
-        return -_logs(lambda z: -self.V(z), x)
+        return read_values("V", self.V, x)
 
     def slope(self, x: Tensor, crowd: Tensor) -> Tensor:
         """As :meth:`Functional.slope`."""
         with torch.inference_mode(False), torch.enable_grad():
             z = x.clone().detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.V(z).sum(), z)
+            (slope,) = torch.autograd.grad(read_values("V", self.V, z).sum(), z)
         return slope
 
 
@@ -525,8 +552,14 @@ class Interaction(Functional):
         n = len(x)
         if n < 2:
             raise ValueError("an interaction needs two particles at least, got 1")
-        others = (torch.arange(n, device=x.device).unsqueeze(1) + torch.arange(1, n, device=x.device)) % n
-        return self.W(x.unsqueeze(1) - x[others]).mean(1) / 2
+
+        def of(part: Tensor) -> Tensor:
+            apart = part.unsqueeze(1) - x
+            same = (apart == 0).all(-1)  # itself, and whoever is at its place
+            value = self.W(torch.where(same.unsqueeze(-1), torch.ones_like(apart), apart))
+            return torch.where(same, torch.zeros_like(value), value).sum(1) / (n - 1) / 2
+
+        return torch.cat([of(part) for part in x.split(max(1, 2**22 // x.numel()))])
 
     def slope(self, x: Tensor, crowd: Tensor) -> Tensor:
         """As :meth:`Functional.slope`: minus the velocity of :class:`nsgf_lite.fields.Interaction`."""

@@ -10,12 +10,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from nsgf_lite.functionals import Functional, Move, Reference
+from nsgf_lite.functionals import Functional, Move, Reference, Samples, read_values
 from nsgf_lite.inputs import exact, read_clouds, read_counts, read_flags, read_generator, read_parameters
 from nsgf_lite.models.saved import Saved, made
 from nsgf_lite.networks import ICNN, LogRatio, ResidualMap, evaluating, valued
 from nsgf_lite.training import Part, Stream, Training, machine, train
 from nsgf_lite.training.loop import read_seed, read_training
+from nsgf_lite.training.machines import chance_of_dropout
 
 SCHEMES = ("jko", "trapezoid", "crank-nicolson")
 _CROWD, _SHOWN, _LAW = 100_000, 10_000, 10_000  # particles: of a crowd that is not kept, for a value, of a law
@@ -32,7 +33,7 @@ class JKOStep(nn.Module):
     def __init__(self, network: nn.Module, explicit: Functional | None, length: float, dimension: int) -> None:
         super().__init__()
         self.map, self.explicit, self.length = network, explicit, length
-        self.register_buffer("crowd", torch.zeros(_LAW if explicit else 0, dimension))
+        self.register_buffer("crowd", torch.zeros(_LAW if explicit else 0, dimension, dtype=torch.float32))
 
     def before(self, x: Tensor) -> Tensor:
         """Points (n, d) after the explicit step."""
@@ -77,10 +78,12 @@ class JKOFlow(Saved):
         ``transport(d)`` makes the map, from (n, d) to (n, d), ``critic(d)`` the critic, from (n, d) to (n, 1); None for
         :class:`nsgf_lite.networks.ResidualMap` and :class:`nsgf_lite.networks.LogRatio`.
 
+    After :meth:`fit` the attribute `values` has the critics' value of F after each JKO step, on ten thousand particles.
+
     Raises
     ------
     ValueError
-        If a parameter is out of its range.
+        If a parameter is out of its range, or the scheme does not fit the functional.
 
     Source
     ------
@@ -104,7 +107,7 @@ class JKOFlow(Saved):
     critic: Callable[[int], nn.Module] | None = None
     kept: list[JKOStep] = field(init=False, default_factory=list, repr=False)
     values: list[float] = field(init=False, default_factory=list, repr=False)
-    source: Stream = field(init=False, repr=False)
+    source: Stream = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, make in (("transport", self.transport), ("critic", self.critic)):
@@ -119,11 +122,16 @@ class JKOFlow(Saved):
             (self.particles,) = read_counts(particles=self.particles)
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+        if self.scheme != "jko" and not all(_has_critic(term) for _, term in self.functional.terms()):
+            raise ValueError(f"scheme must be jko for a functional without a critic, got {self.scheme!r}")
+        if self.scheme != "jko" and self.explicit is not None:
+            raise ValueError(f"scheme must be jko beside explicit steps, got {self.scheme!r}")
         if self.whole and self.explicit is not None:
             raise ValueError("explicit must be None if whole is True: a network of the source's points does both steps")
 
     # --- training -------------------------------------------------------------------------------------------------
 
+    @exact
     def fit(
         self,
         source: Any,
@@ -186,7 +194,10 @@ class JKOFlow(Saved):
             parts=run.parts(),
             identity=lambda: {
                 "models": self.hyperparameters(),
-                "data": repr(self.source),
+                "data": [
+                    repr(self.source),
+                    *(repr(r.reference.stream) for r in rivals if isinstance(r.reference, Samples)),
+                ],
                 "seeds": seed,
                 "networks": [str(network), str(rivals[0].network)],
             },
@@ -196,7 +207,8 @@ class JKOFlow(Saved):
             where=where,
             shown=run.shown,
         )
-        run.close()
+        with chance_of_dropout(network, generator, training.steps):
+            run.close()
         return self
 
     @torch.inference_mode(False)
@@ -232,6 +244,8 @@ class JKOFlow(Saved):
                 rows.append(step(x if self.whole else rows[-1]))
         return torch.stack(rows)
 
+    @exact
+    @torch.no_grad()
     def sample(
         self, n: int, *, upto: int | None = None, start: Tensor | None = None, generator: Generator | None = None
     ) -> Tensor:
@@ -253,7 +267,12 @@ class JKOFlow(Saved):
         ValueError
             If the model has not been fitted, or the arguments do not fit.
         """
-        return self.path(n, upto=upto, start=start, generator=generator)[-1]
+        x = self._start(n, upto, start, generator)
+        steps = self.kept[: self.steps if upto is None else upto]
+        for step in steps[-1:] if self.whole else steps:
+            with evaluating(step):
+                x = step(x)
+        return x
 
     def _read(self, n: int, upto: int | None) -> int:
         if not self.kept:
@@ -299,6 +318,7 @@ class JKOFlow(Saved):
         ------
         ValueError
             If a map is no gradient of a convex function, or there are explicit steps, or as :meth:`sample`.
+        FloatingPointError if `start` is not finite somewhere.
 
         Source
         ------
@@ -313,7 +333,8 @@ class JKOFlow(Saved):
                 "a density needs maps that can be inverted, and the explicit steps cannot: explicit is set"
             )
         steps = self.kept[: self.steps if upto is None else upto]
-        points, change = x.double(), x.new_zeros(len(x)).double()
+        points = x.to(self.kept[0].crowd.device, torch.float64)
+        change = points.new_zeros(len(x))
         for step in reversed(steps[-1:] if self.whole else steps):
             if not isinstance(step.map, ICNN):
                 raise ValueError(
@@ -323,11 +344,15 @@ class JKOFlow(Saved):
             points = wide.inverse(points, tol)
             with torch.no_grad():
                 change = change + wide.log_det(points)
-        return start(points).double() - change
+        return read_values("start", start, points).double() - change
 
     def networks(self) -> dict[str, nn.Module]:
         """The JKO steps."""
         return {f"step{k}": step for k, step in enumerate(self.kept)}
+
+
+def _has_critic(term: Functional) -> bool:
+    return type(term).on_reference is not Functional.on_reference
 
 
 def _standardised(network: nn.Module, points: Tensor | None) -> None:
@@ -345,8 +370,12 @@ class Rival:
         self.optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
         self.last: tuple[nn.Module, Reference] | None = None  # critic and law of the JKO step before
 
+    def unit(self, reference: Reference | None = None) -> float:
+        """What the critic's gain is to be multiplied with to be a part of the functional."""
+        return self.factor * self.term.unit(reference or self.reference)
+
     def on_particles(self, y: Tensor, move: Move, past: bool = False) -> Tensor:
-        """Mean of A over the moved particles y (n, d), the critic's weights held fast; of the step before if past."""
+        """Part of the functional that moved particles y (n, d) decide, by the critic as it is, or before if past."""
         if self.reference is None:
             return self.factor * self.term.on_particles(None, y, None, move).mean()
         network, reference = (self.network, self.reference)
@@ -355,14 +384,16 @@ class Rival:
             network, reference = self.last
         held = {name: p.detach() for name, p in network.named_parameters()}
         s = valued(functional_call(network, held, (y,)), y, 1)[:, 0]
-        return self.factor * self.term.on_particles(s, y, reference, move).mean()
+        return self.unit(reference) * self.term.on_particles(s, y, reference, move).mean()
 
     def gap(self, y: Tensor, z: Tensor, move: Move) -> Tensor:
-        """The critic's value of the functional, from moved particles y (n, d) and points z (m, d) of the reference."""
+        """The critic's gain, from moved particles y (n, d) and points z (m, d) of the reference."""
         assert self.reference is not None
+        if z.shape[1:] != y.shape[1:]:
+            raise ValueError(f"samples must have dimension {y.shape[1]}, as the source has, got {z.shape[1]}")
         s = valued(self.network(torch.cat([y, z])), torch.cat([y, z]), 1)[:, 0]
         here = self.term.on_particles(s[: len(y)], y, self.reference, move).mean()
-        return self.factor * (here - self.term.on_reference(s[len(y) :], self.reference).mean())
+        return here - self.term.on_reference(s[len(y) :], self.reference).mean()
 
 
 class _Run:
@@ -406,7 +437,8 @@ class _Run:
         """Keep the map as that of this JKO step, with the critics' value, and take the crowd through it."""
         model, step = self.model, self.model.kept[self.k]
         step.map.load_state_dict(self.network.state_dict())
-        with torch.no_grad(), evaluating(step):
+        critics = [rival.network for rival in self.rivals]
+        with self._named(), torch.no_grad(), evaluating(step, *critics):
             here = self.first if model.whole else self.now
             parts = [step.map(part) for part in here.split(_SHOWN)]
             move = Move(here[:_SHOWN], step.map, self.generator, exact=True)
@@ -416,7 +448,7 @@ class _Run:
                     value = value + rival.on_particles(parts[0], move).cpu()
                 else:
                     z = rival.reference.draw(_SHOWN, self.generator)
-                    value = value + rival.gap(parts[0], z, move).cpu()
+                    value = value + rival.unit() * rival.gap(parts[0], z, move).cpu()
         model.values.append(float(value))
         self.now = torch.cat(parts)
 
@@ -426,7 +458,7 @@ class _Run:
         if self.model.scheme != "jko":
             for rival in self.rivals:
                 if rival.reference is not None:
-                    rival.last = copy.deepcopy(rival.network), copy.deepcopy(rival.reference)
+                    rival.last = copy.deepcopy(rival.network), rival.reference.frozen()
         if self.model.particles is None:
             crowd = self.model.source.many(_CROWD, self.generator)
             self.first, self.now = crowd, self._moved(crowd, self.k)
@@ -447,10 +479,11 @@ class _Run:
         """The map's loss on a minibatch, after the critics' turn if it is theirs; a new JKO step begins on its time."""
         if step and step % self.turn == 0 and step // self.turn > self.k:
             self._next()
-        with self._named():
+        critics = nn.ModuleList([rival.network for rival in self.rivals])
+        with self._named(), chance_of_dropout(critics, self.generator, step):
             if step % self.model.descents == 0:
                 for _ in range(self.model.ascents):
-                    self._ascend(network, step)
+                    self.value = sum(self._ascend(rival, network, step) for rival in self.rivals)
             start, here = self._minibatch()
             moved = valued(network(start), start, None)
             move = Move(start, network, self.generator)
@@ -468,36 +501,37 @@ class _Run:
         (slope,) = torch.autograd.grad(rival.on_particles(z, move, past=True) * len(z), z)
         return (value + (slope * (moved - here)).sum(1).mean()) / 2
 
-    def _minibatch(self) -> tuple[Tensor, Tensor]:
-        """What the map is given (n, d), and where it was at the beginning of this JKO step."""
+    def _minibatch(self, places: bool = True) -> tuple[Tensor, Tensor]:
+        """What the map is given (n, d), and, if the places are asked for, where it was before this JKO step."""
         n, model = self.training.batch, self.model
         if model.particles is None:
             x = model.source.draw(n, self.generator)
+            if model.whole and not places:
+                return x, x
             here = model.kept[self.k].before(self._moved(x, self.k))
             return (x if model.whole else here), here
         row = torch.randint(len(self.now), (n,), generator=self.generator, device=self.generator.device)
         return (self.first if model.whole else self.now)[row], self.now[row]
 
-    def _ascend(self, network: nn.Module, step: int) -> None:
-        """One step of every critic up."""
-        for rival in self.rivals:
-            if rival.reference is None:
-                continue
-            start, _ = self._minibatch()
-            with torch.no_grad():
-                moved = valued(network(start), start, None)
-            rival.reference.check(moved)
-            z = rival.reference.draw(self.training.batch, self.generator)
-            gain = rival.gap(moved, z, Move(start, network, self.generator))
-            if not bool(torch.isfinite(gain)):
-                raise FloatingPointError(f"the critic diverged: its value of the functional is {float(gain.detach())}")
-            for group in rival.optimizer.param_groups:
-                group["lr"] = self.training.rate_at(step)
-            rival.optimizer.zero_grad()
-            (-gain).backward()
-            nn.utils.clip_grad_norm_(rival.network.parameters(), self.training.clip)
-            rival.optimizer.step()
-            self.value = float(gain.detach())
+    def _ascend(self, rival: Rival, network: nn.Module, step: int) -> float:
+        """One step of a critic up, and its part of the functional; nothing for a term without one."""
+        if rival.reference is None:
+            return 0.0
+        start, _ = self._minibatch(places=False)
+        with torch.no_grad():
+            moved = valued(network(start), start, None)
+        rival.reference.check(moved)
+        z = rival.reference.draw(self.training.batch, self.generator)
+        gain = rival.gap(moved, z, Move(start, network, self.generator))
+        if not bool(torch.isfinite(gain)):
+            raise FloatingPointError(f"the critic diverged: its gain is {float(gain.detach())}")
+        for group in rival.optimizer.param_groups:
+            group["lr"] = self.training.rate_at(step)
+        rival.optimizer.zero_grad()
+        (-gain).backward()
+        nn.utils.clip_grad_norm_(rival.network.parameters(), self.training.clip)
+        rival.optimizer.step()
+        return rival.unit() * float(gain.detach())
 
     def _named(self) -> "_InStep":
         return _InStep(self.k, self.model.steps)
@@ -515,7 +549,9 @@ class _Run:
     def state(self) -> dict[str, Tensor]:
         """All that changes, but the map."""
         values = torch.tensor(self.model.values, dtype=torch.float64)
-        out = {"k": torch.tensor(self.k), "values": values, "now": self.now, "first": self.first}
+        out = {"k": torch.tensor(self.k), "values": values, "now": self.now}
+        if self.model.whole:
+            out["first"] = self.first
         for k, step in enumerate(self.model.kept[: self.k + 1]):
             out |= {f"kept/{k}/{name}": t for name, t in step.state_dict().items()}
         for k, rival in enumerate(self.rivals):
@@ -533,7 +569,8 @@ class _Run:
             yield f"adam/{p}", memory
         if rival.last is not None:
             yield "last/network", rival.last[0].state_dict()
-            yield "last/reference", rival.last[1].state()
+            if rival.last[1] is not rival.reference:
+                yield "last/reference", rival.last[1].state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take that up again."""
@@ -542,7 +579,8 @@ class _Run:
             return {name[len(prefix) + 1 :]: t for name, t in state.items() if name.startswith(prefix + "/")}
 
         self.k, self.model.values = int(state["k"]), state["values"].tolist()
-        self.now, self.first = state["now"].to(self.now), state["first"].to(self.first)
+        self.now = state["now"].to(self.now)
+        self.first = state["first"].to(self.first) if self.model.whole else self.first
         for k, step in enumerate(self.model.kept[: self.k + 1]):
             step.load_state_dict(under(f"kept/{k}"))
         for k, rival in enumerate(self.rivals):
@@ -555,9 +593,10 @@ class _Run:
             memory["state"] = {p: under(f"rival/{k}/adam/{p}") for p in sorted(count)}
             rival.optimizer.load_state_dict(memory)
             if last := under(f"rival/{k}/last/network"):
-                network, reference = copy.deepcopy(rival.network), copy.deepcopy(rival.reference)
+                network, reference = copy.deepcopy(rival.network), rival.reference.frozen()
                 network.load_state_dict(last)
-                reference.restore(under(f"rival/{k}/last/reference"))
+                if reference is not rival.reference:
+                    reference.restore(under(f"rival/{k}/last/reference"))
                 rival.last = network, reference
 
 

@@ -2,12 +2,11 @@
 
 import math
 import warnings
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from nsgf_lite.inputs import exact, read_clouds, read_counts, read_finite, read_positive
+from nsgf_lite.inputs import exact, read_clouds, read_counts, read_positive
 from nsgf_lite.networks.perceptrons import _standardise
 
 
@@ -157,8 +156,6 @@ class ICNN(_Standardised):
     :class:`nsgf_lite.JKOFlow`
     """
 
-    exact_up_to: ClassVar[int] = 16  # the dimension up to which a training computes determinants and does not sample
-
     def __init__(self, dimension: int, width: int = 64, depth: int = 2, rank: int = 1, strong: float = 0.05) -> None:
         super().__init__(dimension)
         read_counts(width=width, depth=depth, rank=rank)
@@ -179,6 +176,10 @@ class ICNN(_Standardised):
         self.root = nn.Parameter(math.sqrt(1 - self.strong) * torch.eye(dimension))
         self.slope = nn.Parameter(torch.zeros(dimension))
         self._begin_at_identity()
+
+    def extra_repr(self) -> str:
+        """What no weight shows."""
+        return f"strong={self.strong:g}"
 
     @exact
     @torch.no_grad()
@@ -276,7 +277,7 @@ class ICNN(_Standardised):
         Fan et al. (2022), equation 18.
         """
         read_clouds(y=y)
-        read_finite(tol=tol)
+        (tol,) = read_positive(tol=tol)
         read_counts(max_iter=max_iter)
         goal = self._inner(y)
         u = goal.clone()
