@@ -174,9 +174,9 @@ def rival(method: str, learn: Cases, knob: float, seed: int, steps: int) -> Tens
 def scored(method: str, learn: Cases, test: Cases, knob: float, seed: int, steps: int) -> tuple[Tensor | None, dict]:
     try:
         x = rival(method, learn, knob, seed, steps)
+        accuracy, value = nl.logistic.predictive(x, *test)
     except (ValueError, FloatingPointError) as error:
         return None, {"accuracy": None, "log likelihood": None, "left": str(error)}
-    accuracy, value = nl.logistic.predictive(x, *test)
     return x, {"accuracy": accuracy, "log likelihood": value}
 
 
@@ -211,7 +211,7 @@ def work(file: Path, function: str, *given: object) -> None:
 
 def home(settings: list) -> Path:
     """Where the pieces of this version of the code are."""
-    library = [f"{name}.py" for name in ("logistic", "particles", "fields/stein", "fields/base", "toy")]
+    library = [f"{name}.py" for name in ("logistic", "particles", "fields/stein", "fields/base", "toy", "inputs")]
     files = [*(ROOT / "nsgf_lite" / name for name in library), Path(__file__), ROOT / "benchmarks" / "binary.py"]
     code = b"".join(file.read_bytes() for file in files) + json.dumps(settings).encode()
     return ROOT / "_build" / "posteriors" / hashlib.sha256(code).hexdigest()[:12]
