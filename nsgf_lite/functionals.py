@@ -256,6 +256,12 @@ def _data(samples: Any) -> Samples:
 # --- the functionals --------------------------------------------------------------------------------------------------
 
 
+def _read_function(**functions: object) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise ValueError(f"{name} must be a function of points, got {function!r}")
+
+
 def read_values(name: str, function: LogDensity, x: Tensor) -> Tensor:
     """Values (n,) of a reader's function at x (n, d); ValueError or FloatingPointError if they are none."""
     value = function(x)
@@ -301,6 +307,9 @@ class KL(Functional):
     """
 
     log_density: LogDensity
+
+    def __post_init__(self) -> None:
+        _read_function(log_density=self.log_density)
 
     def reference(self) -> Reference:
         """As :meth:`Functional.reference`."""
@@ -476,6 +485,7 @@ class FreeEnergy(Functional):
     iterations: int = 10
 
     def __post_init__(self) -> None:
+        _read_function(log_density=self.log_density)
         if self.determinant not in ("exact", "sampled"):
             raise ValueError(f"determinant must be 'exact' or 'sampled', got {self.determinant!r}")
         read_parameters(self, counts="iterations")
@@ -515,6 +525,9 @@ class Potential(Functional):
 
     V: Callable[[Tensor], Tensor]
 
+    def __post_init__(self) -> None:
+        _read_function(V=self.V)
+
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         return read_values("V", self.V, x)
@@ -546,6 +559,9 @@ class Interaction(Functional):
     """
 
     W: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        _read_function(W=self.W)
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`; the particles of the batch are the law, each without itself."""

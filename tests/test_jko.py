@@ -267,6 +267,8 @@ def test_wrong_factors(factor):
 def test_wrong_functionals():
     refused(lambda: Entropy(1.0), "m must be greater than 1")
     refused(lambda: Entropy(2, margin=0), "margin")
+    for make, name in ((KL, "log_density"), (FreeEnergy, "log_density"), (Potential, "V"), (Interaction, "W")):
+        refused(lambda make=make: make(3), f"{name} must be a function of points, got 3")
     refused(lambda: FreeEnergy(lambda x: x, iterations=0), "iterations")
     refused(
         lambda: KL(lambda x: x).reference().renew(normal(3, 3)), "covariance of 3 particles in dimension 3", "too few"

@@ -16,7 +16,7 @@ _BLOCK = 2**22  # coordinates of displacements that are held at once
 class Interaction(Formula):
     """Velocity ``-∫ grad W(z - x) dP(x)`` of the flow of the interaction energy, *with* its one half, of a potential W.
 
-    There is no data: no y is needed, and to follow the field give the particles twice, ``nl.follow(field, x, x, …)``.
+    There is no data: no y is needed, and to follow the field give None for it, ``nl.follow(field, x, None, …)``.
     Points at one place exert no force on each other: where W is smooth and even its
     slope is zero there, and where it is singular, a particle does not feel itself.
 

@@ -49,7 +49,8 @@ class JKOFlow(Saved):
     """Wasserstein gradient flow of a functional F by the JKO scheme: ``P_{k+1} = T_k#P_k``, each T_k a network.
 
     T_k minimises ``E|X - T(X)|²/(2 step) + F(T#P_k)`` over X of law P_k, where F is the largest value that a critic can
-    give it. Critic and map take turns, and both go on from where the step before has left them.
+    give it. Critic and map take turns, and both go on from where the step before has left them. After :meth:`fit` the
+    attribute `values` has the critics' value of F after each JKO step, on ten thousand particles.
 
     Parameters
     ----------
@@ -77,8 +78,6 @@ class JKOFlow(Saved):
     transport, critic : callable
         ``transport(d)`` makes the map, from (n, d) to (n, d), ``critic(d)`` the critic, from (n, d) to (n, 1); None for
         :class:`nsgf_lite.networks.ResidualMap` and :class:`nsgf_lite.networks.LogRatio`.
-
-    After :meth:`fit` the attribute `values` has the critics' value of F after each JKO step, on ten thousand particles.
 
     Raises
     ------
