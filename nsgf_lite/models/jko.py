@@ -317,7 +317,8 @@ class JKOFlow(Saved):
         ------
         ValueError
             If a map is no gradient of a convex function, or there are explicit steps, or as :meth:`sample`.
-        FloatingPointError if `start` is not finite somewhere.
+        FloatingPointError
+            If `start` is not finite somewhere.
 
         Source
         ------
