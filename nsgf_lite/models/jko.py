@@ -311,7 +311,7 @@ class JKOFlow(Saved):
         upto : int
             As :meth:`sample`.
         tol : float
-            As :meth:`nsgf_lite.networks.ICNN.inverse`.
+            As :meth:`~nsgf_lite.networks.ICNN.inverse`.
 
         Raises
         ------
