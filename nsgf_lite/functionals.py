@@ -272,7 +272,7 @@ def read_values(name: str, function: LogDensity, x: Tensor) -> Tensor:
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise FloatingPointError(
-            f"{name} is {float(value[row])} at {int(wrong.sum())} of {len(x)} particles, the first of them "
+            f"{name} is {float(value.detach()[row])} at {int(wrong.sum())} of {len(x)} particles, the first of them "
             f"{x[row].tolist()}"
         )
     return value
