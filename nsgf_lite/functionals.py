@@ -262,13 +262,16 @@ def _read_function(**functions: object) -> None:
             raise ValueError(f"{name} must be a function of points, got {function!r}")
 
 
-def read_values(name: str, function: LogDensity, x: Tensor) -> Tensor:
-    """Values (n,) of a reader's function at x (n, d); ValueError or FloatingPointError if they are none."""
+def read_values(name: str, function: LogDensity, x: Tensor, void: bool = False) -> Tensor:
+    """Values (n,) of a reader's function at x (n, d); ValueError or FloatingPointError if they are none.
+
+    With `void` minus infinity is a value: the logarithm of a density where there is none.
+    """
     value = function(x)
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must return shape ({len(x)},) at {len(x)} points, got {got}")
-    wrong = ~torch.isfinite(value)
+    wrong = ~torch.isfinite(value) & ~(torch.isneginf(value) & void)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise FloatingPointError(

@@ -174,6 +174,26 @@ def symmetric_kl(a: Vector, A: Matrix, b: Vector, B: Matrix) -> float:
     return float(gaussian_kl(a, A, b, B) + gaussian_kl(b, B, a, A))
 
 
+def symmetric_kl_floor(n: int, d: int) -> float:
+    """Mean of :func:`symmetric_kl` between a Gaussian law and the one with the mean and covariance of n of its points.
+
+    Exactly ``d (d + 3) (n - 1) / (2 n (n - d - 2))`` for the unbiased covariance: what a perfect generator scores.
+
+    Raises
+    ------
+    ValueError
+        If n or d is not a positive integer, or n < d + 3, when the mean is infinite.
+
+    Used in
+    -------
+    :prf:ref:`thm-symmetric-floor`
+    """
+    n, d = read_counts(n=n, d=d)
+    if n < d + 3:
+        raise ValueError(f"n must be at least d + 3 = {d + 3}, got {n}: below, the mean is infinite")
+    return d * (d + 3) * (n - 1) / (2 * n * (n - d - 2))
+
+
 def _read_logs(**logs: Tensor) -> list[Tensor]:
     """Log densities (n,) at one sample's points, in float64; minus infinity where there is no density."""
     (first, *_) = logs.values()

@@ -258,6 +258,8 @@ MATRICES = {
     "jko_gaussian, crank-nicolson": Row(
         closed_forms.jko_gaussian, KL | {"step": 0.25, "scheme": "crank-nicolson"}, None
     ),
+    "jko_barenblatt": Row(closed_forms.jko_barenblatt, {"t": 1.5, "step": 0.25, "d": 3, "m": 2.0}, None),
+    "symmetric_kl_floor": Row(metrics.symmetric_kl_floor, {"n": 100, "d": 3}, None),
     "ou_moments": Row(closed_forms.ou_moments, {"t": 0.5, "A": LAW["S"], "b": LAW["m"]}, None),
     "two_atom_mass": Row(closed_forms.two_atom_mass, {"alpha": 0.75, "beta": 0.5, "distance": 2.0, "eps": 0.5}, None),
     "two_atom_velocity": Row(

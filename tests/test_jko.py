@@ -453,6 +453,14 @@ def test_density():
     pushed = tiny(**KINDS["explicit"]).fit(ROUND, FEW, progress=False)
     refused(lambda: pushed.log_density(grid, start=start), "explicit")
     refused(lambda: model.log_density(grid[:, :1], start=start), r"x must have shape \(n, 2\)")
+    # a source without a density far out: nor has its image there, and the same within
+    cut = lambda x: torch.where(x.norm(dim=1) < 2, start(x), -math.inf)  # noqa: E731
+    inside = model.log_density(grid, start=cut).isfinite()
+    assert 0 < int(inside.sum()) < len(grid)
+    assert torch.equal(model.log_density(grid, start=cut)[inside], model.log_density(grid, start=start)[inside])
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match=f"start is {wrong} at {len(grid)}"):
+            model.log_density(grid, start=lambda x, wrong=wrong: torch.full_like(x[:, 0], wrong))
 
 
 def test_the_bar_shows_step_and_value(capsys):

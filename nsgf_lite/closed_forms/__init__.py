@@ -9,7 +9,7 @@ from nsgf_lite.closed_forms.gaussians import (
     gaussian_ot,
     gaussian_velocity,
 )
-from nsgf_lite.closed_forms.jko import gaussian_chi2, gaussian_kl, jko_gaussian
+from nsgf_lite.closed_forms.jko import gaussian_chi2, gaussian_kl, jko_barenblatt, jko_gaussian
 from nsgf_lite.closed_forms.segments import (
     gaussian_w2,
     handover_constant,
@@ -33,6 +33,7 @@ __all__ = [
     "gaussian_velocity",
     "gaussian_w2",
     "handover_constant",
+    "jko_barenblatt",
     "jko_gaussian",
     "ou_moments",
     "segment_law",

@@ -1,16 +1,17 @@
-"""Steps in time between Gaussians in closed form, for ``F = KL( . || N(b, B))``, and two divergences of Gaussians.
-
-A step is in units of squared length, as KL has none; everything in float64.
+"""Steps in time in closed form: down ``KL( . || N(b, B))`` between Gaussians, and down ``1/(m-1) ∫P^m`` between
+profiles of Barenblatt; and two divergences of Gaussians. Everything in float64.
 """
 
 import math
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
+from nsgf_lite.closed_forms.diffusions import _read_profile
 from nsgf_lite.closed_forms.gaussians import Matrix, Vector
 from nsgf_lite.closed_forms.segments import Law, _pair
-from nsgf_lite.inputs import read_positive
+from nsgf_lite.inputs import read_counts, read_positive
 
 SCHEMES = ("jko", "explicit", "crank-nicolson", "trapezoid")
 
@@ -152,3 +153,39 @@ def _implicit(m: Tensor, S: Tensor, b: Tensor, precision: Tensor, a: float, shar
     factor = half @ root
     goal = b + torch.linalg.solve(M, (eye - frozen) @ (m - b))
     return goal, factor @ factor.T
+
+
+def jko_barenblatt(t: float, step: float, d: int, m: float) -> float:
+    """Age s of Barenblatt's profile after one JKO step down ``1/(m-1) ∫P^m`` from the profile of age t.
+
+    A step leads from one :func:`barenblatt` to another, with ``s (1 - (t/s)^γ) = step γ`` and ``γ = 1/(d(m-1) + 2)``.
+    It is younger than the flow: ``s < t + step``.
+
+    Parameters
+    ----------
+    t, step : float
+        Both in the flow's unit of time.
+    d : int
+        Dimension.
+    m : float
+        Power, greater than one.
+
+    Raises
+    ------
+    ValueError
+        If t, step or d is not positive, or m <= 1.
+
+    Source
+    ------
+    The experiment is Fan et al. (2022), Section 5.4; the closed form is derived in the chapter.
+
+    Used in
+    -------
+    :prf:ref:`thm-jko-barenblatt`
+    """
+    t, m = _read_profile(t, m)
+    (step,), (d,) = read_positive(step=step), read_counts(d=d)
+    gamma, share = 1 / (d * (m - 1) + 2), step / t
+    # in units of t, the step's end as 1 + r: the left side lies below the right at r = 0, above it at r = share
+    r = brentq(lambda r: -(1 + r) * math.expm1(-gamma * math.log1p(r)) - gamma * share, 0.0, share, xtol=1e-300)
+    return t * (1 + float(r))

@@ -307,7 +307,7 @@ class JKOFlow(Saved):
         x : Tensor
             The points.
         start : callable
-            Logarithm of the source's density (n,) at points (n, d).
+            Logarithm of the source's density (n,) at points (n, d), minus infinity where there is none.
         upto : int
             As :meth:`sample`.
         tol : float
@@ -318,7 +318,7 @@ class JKOFlow(Saved):
         ValueError
             If a map is no gradient of a convex function, or there are explicit steps, or as :meth:`sample`.
         FloatingPointError
-            If `start` is not finite somewhere.
+            If `start` is NaN or plus infinity somewhere.
 
         Source
         ------
@@ -344,7 +344,7 @@ class JKOFlow(Saved):
             points = wide.inverse(points, tol)
             with torch.no_grad():
                 change = change + wide.log_det(points)
-        return read_values("start", start, points).double() - change
+        return read_values("start", start, points, void=True).double() - change
 
     def networks(self) -> dict[str, nn.Module]:
         """The JKO steps."""
