@@ -28,12 +28,10 @@ Each piece, a method on a split, is a file under _build/posteriors, in a folder 
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
 import os
-import time
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -42,11 +40,10 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_paralleli
 import torch
 from scipy.special import polygamma, psi
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 import nsgf_lite as nl
 from benchmarks.binary import DATA, SETS, read, split
-from benchmarks.pieces import everything, keep
+from benchmarks.pieces import digits, home, results
 from benchmarks.provenance import ROOT, provenance, writable, write_record
 
 RECORD = ROOT / "book" / "results" / "posteriors.json"
@@ -112,7 +109,6 @@ def nuts(learn: Cases, rate: float, seed: int, warmup: int, draws: int) -> tuple
 
 
 def posterior(name: str, seed: int, rate: float, folder: Path, warmup: int, draws: int) -> dict:
-    begin, clock = time.perf_counter(), time.process_time()
     learn, test = split(*read(name, folder), seed)
     x, told = nuts(learn, rate, seed, warmup, draws)
     accuracy, value = nl.logistic.predictive(x.flatten(0, 1), *test)
@@ -121,12 +117,11 @@ def posterior(name: str, seed: int, rate: float, folder: Path, warmup: int, draw
     row = {"method": "NUTS" if rate == RATE else f"NUTS, rate {rate:g}", "set": name, "seed": seed}
     row |= {"accuracy": accuracy, "log likelihood": value, "errors": errors.tolist(), **told}
     row |= moments(x.flatten(0, 1))
-    return {"row": row, "seconds": time.perf_counter() - begin, "processor": time.process_time() - clock}
+    return row
 
 
 def quadrature(name: str, seed: int, folder: Path) -> dict:
     """Two weights: the precision integrated by hand, ``(rate + |w|^2/2)^{-2}``, the weights on a grid."""
-    begin, clock = time.perf_counter(), time.process_time()
     (X, t), test = split(*read(name, folder), seed)
     signed = X * t.unsqueeze(1)
 
@@ -149,7 +144,7 @@ def quadrature(name: str, seed: int, folder: Path) -> dict:
     probability = torch.cat([mass @ torch.sigmoid(grid @ part.T) for part in (test[0] * test[1][:, None]).split(200)])
     row = {"method": "quadrature", "set": name, "seed": seed, "accuracy": float((probability > 0.5).double().mean())}
     row |= {"log likelihood": float(probability.log().mean()), "mean": means.tolist(), "sd": spread}
-    return {"row": row, "seconds": time.perf_counter() - begin, "processor": time.process_time() - clock}
+    return row
 
 
 # --- the rivals -------------------------------------------------------------------------------------------------------
@@ -182,11 +177,9 @@ def scored(method: str, learn: Cases, test: Cases, knob: float, seed: int, steps
 
 def tune(name: str, method: str, knob: float, folder: Path, steps: int) -> dict:
     """One value of the knob, on a fifth of the first split's learning part."""
-    begin, clock = time.perf_counter(), time.process_time()
     (X, t), _ = split(*read(name, folder), 0)
     learn, held = split(X, t, 1)
-    row = {"method": method, "set": name, "knob": knob} | scored(method, learn, held, knob, 0, steps)[1]
-    return {"row": row, "seconds": time.perf_counter() - begin, "processor": time.process_time() - clock}
+    return {"method": method, "set": name, "knob": knob} | scored(method, learn, held, knob, 0, steps)[1]
 
 
 def best(tried: list[dict]) -> float:
@@ -195,26 +188,12 @@ def best(tried: list[dict]) -> float:
 
 
 def run(name: str, method: str, seed: int, knob: float, folder: Path, steps: int) -> dict:
-    begin, clock = time.perf_counter(), time.process_time()
     learn, test = split(*read(name, folder), seed)
     x, told = scored(method, learn, test, knob, seed, steps)
-    row = {"method": method, "set": name, "seed": seed, "knob": knob} | told | ({} if x is None else moments(x))
-    return {"row": row, "seconds": time.perf_counter() - begin, "processor": time.process_time() - clock}
+    return {"method": method, "set": name, "seed": seed, "knob": knob} | told | ({} if x is None else moments(x))
 
 
 # --- pieces and record ------------------------------------------------------------------------------------------------
-
-
-def work(file: Path, function: str, *given: object) -> None:
-    keep(file, globals()[function](*given))
-
-
-def home(settings: list) -> Path:
-    """Where the pieces of this version of the code are."""
-    library = [f"{name}.py" for name in ("logistic", "particles", "fields/stein", "fields/base", "toy", "inputs")]
-    files = [*(ROOT / "nsgf_lite" / name for name in library), Path(__file__), ROOT / "benchmarks" / "binary.py"]
-    code = b"".join(file.read_bytes() for file in files) + json.dumps(settings).encode()
-    return ROOT / "_build" / "posteriors" / hashlib.sha256(code).hexdigest()[:12]
 
 
 def main() -> None:
@@ -231,27 +210,24 @@ def main() -> None:
         (300, 250, 40) if given.short else (WARMUP, DRAWS, STEPS),
     )
     warmup, draws, steps = lengths
-    folder = home([*lengths, str(given.data)])
+    code = ["benchmarks/posteriors.py", "benchmarks/binary.py"]
+    folder = home("posteriors", [*lengths, str(given.data)], code)
     if not given.short:
         writable(RECORD)
     sizes = {name: list(read(name, given.data)[0].shape) for name in names}
 
     def do(jobs: dict[str, tuple], label: str) -> list[dict]:
-        """Results of the pieces, in order; each a file in the folder."""
-        listed = [(folder / f"{name}.json", work, folder / f"{name}.json", *job) for name, job in jobs.items()]
-        with tqdm(total=len(listed), desc=label, unit="piece", smoothing=0) as bar:
-            everything(listed, given.workers, bar)
-        return [json.loads(file.read_text(encoding="utf-8")) for file, *_ in listed]
+        return results(folder, jobs, given.workers, label)
 
     exact: dict[str, tuple] = {}
     for name, seed in itertools.product(names, seeds):
-        exact[f"{name}-{seed}-nuts"] = ("posterior", name, seed, RATE, given.data, warmup, draws)
+        exact[f"{name}-{seed}-nuts"] = (posterior, name, seed, RATE, given.data, warmup, draws)
         if seed == 0:
-            exact[f"{name}-{seed}-rate"] = ("posterior", name, seed, OTHER_RATE, given.data, warmup, draws)
+            exact[f"{name}-{seed}-rate"] = (posterior, name, seed, OTHER_RATE, given.data, warmup, draws)
         if name == "banana":
-            exact[f"{name}-{seed}-grid"] = ("quadrature", name, seed, given.data)
+            exact[f"{name}-{seed}-grid"] = (quadrature, name, seed, given.data)
     tries = {
-        f"{name}-{method}-{knob:g}": ("tune", name, method, knob, given.data, steps)
+        f"{name}-{method}-{knob:g}": (tune, name, method, knob, given.data, steps)
         for name in names
         for method, knobs in GRID.items()
         for knob in knobs
@@ -264,7 +240,7 @@ def main() -> None:
         for name, method in itertools.product(names, GRID)
     }
     runs = {
-        f"{name}-{seed}-{method}": ("run", name, method, seed, knob, given.data, steps)
+        f"{name}-{seed}-{method}": (run, name, method, seed, knob, given.data, steps)
         for (name, method), knob in chosen.items()
         for seed in seeds
     }
@@ -288,15 +264,6 @@ def main() -> None:
     source = provenance("python -m benchmarks.posteriors", sum(piece["seconds"] for piece in every), libraries)
     record = {"provenance": source, "settings": settings, "knobs": digits(rows), "rows": digits(out)}
     write_record(RECORD, record, json.dumps(record).replace('{"method"', '\n{"method"'))
-
-
-def digits(value: object) -> object:
-    """With five significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, list):
-        return [digits(part) for part in value]
-    return {key: digits(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def show(rows: list[dict]) -> None:

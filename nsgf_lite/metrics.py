@@ -211,7 +211,8 @@ def sampled_kl(log_p: Tensor, log_q: Tensor, smallest: float | None = None) -> t
 
     It is infinite where p has mass and q none; then so is the answer as soon as one point of the sample lies there, and
     :func:`sampled_js`, which is always finite, is the one to report. `smallest` takes densities below it for as large,
-    as the authors' code takes 1e-45: the answer is then finite, and grows with -log of it times the mass outside.
+    such as 1e-45, single precision's smallest: the answer is then finite, and grows with -log of it times the mass
+    outside.
 
     Parameters
     ----------

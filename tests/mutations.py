@@ -4,6 +4,7 @@
     python tests/mutations.py            # each mutation against tests that the recorded table says notice it
     python tests/mutations.py --record   # against all that reach it, and write book/results/mutations.json, which the book shows
     python tests/mutations.py --record --quick   # the same, against as few as show that each is noticed, and each notices
+    python tests/mutations.py --record --new     # only mutations that the record does not have, which keeps its other rows
 
 Each mutation of a formula must be noticed by at least one ``test_thm_…``, and each ``test_thm_…`` must notice at least
 one mutation. What no theorem speaks of (networks, trainings, pools, checkpoints) has mutations too: each names the
@@ -196,28 +197,28 @@ MUTATIONS = [
     Mutation("weights of one seed for all", "networks/perceptrons", "torch.manual_seed(seed)", "torch.manual_seed(0)", "test_training.py::test_weights_are_the_generators_also_from_two_threads"),
     Mutation("samples in training mode", "networks/perceptrons", "module.training = False", "pass", "test_training.py::test_samples_are_drawn_in_evaluation_mode"),
     Mutation("first member's weights for all", "networks/stack", "{name: value[k] for", "{name: value[0] for", "test_training.py::test_a_stack_is_its_members"),
-    Mutation("KL's critic without its one", "functionals", "return 1 + s + reference.log_density(x)", "return s + reference.log_density(x)", "test_jko.py::test_kl[0.0]"),
-    Mutation("KL, the reference's density turned", "functionals", "1 + s + reference.log_density(x) -", "1 + s - reference.log_density(x) -", "test_jko.py::test_kl[0.0]"),
-    Mutation("KL, a critic of another conjugate", "functionals", "return softplus(s) ** self.m", "return softplus(s) ** (self.m - 1)", "test_jko.py::test_entropy[3.0]"),
-    Mutation("Jensen and Shannon's divergence once", "functionals", "math.log(4) + logsigmoid(-s)", "math.log(2) + logsigmoid(-s) / 2", "test_jko.py::test_kl_of_samples_and_jensen_shannon"),
-    Mutation("entropy without its power before the critic", "functionals", "return self.m / (self.m - 1) * softplus(s)", "return 1 / (self.m - 1) * softplus(s)", "test_jko.py::test_entropy[2.0]"),
-    Mutation("entropy in units of the volume", "functionals", "math.exp((1 - self.m) * reference.log_volume)", "math.exp(-reference.log_volume)", "test_jko.py::test_entropy[3.0]"),
-    Mutation("ball of another dimension's volume", "functionals", "math.lgamma(d / 2 + 1)", "math.lgamma(d / 2)", "test_jko.py::test_the_uniform_law_on_the_ball"),
-    Mutation("ball crowded at its centre", "functionals", "dtype=torch.float32) ** (1 / d)", "dtype=torch.float32)", "test_jko.py::test_the_uniform_law_on_the_ball"),
-    Mutation("interaction without its one half", "functionals", ".sum(1) / (n - 1) / 2", ".sum(1) / (n - 1)", "test_jko.py::test_energies_without_a_critic"),
-    Mutation("free energy that the map's expansion raises", "functionals", "return -value - gain", "return -value + gain", "test_jko.py::test_free_energy_is_the_change_of_variables"),
-    Mutation("reference with the second moments about zero", "functionals", "covariance = (wide - self.mean).T @ (wide - self.mean)", "covariance = wide.T @ wide", "test_jko.py::test_kl[0.0]"),
+    Mutation("KL's critic without its one", "functionals/divergences", "return 1 + s + reference.log_density(x)", "return s + reference.log_density(x)", "test_jko.py::test_kl[0.0]"),
+    Mutation("KL, the reference's density turned", "functionals/divergences", "1 + s + reference.log_density(x) -", "1 + s - reference.log_density(x) -", "test_jko.py::test_kl[0.0]"),
+    Mutation("KL, a critic of another conjugate", "functionals/divergences", "return softplus(s) ** self.m", "return softplus(s) ** (self.m - 1)", "test_jko.py::test_entropy[3.0]"),
+    Mutation("Jensen and Shannon's divergence once", "functionals/divergences", "math.log(4) + logsigmoid(-s)", "math.log(2) + logsigmoid(-s) / 2", "test_jko.py::test_kl_of_samples_and_jensen_shannon"),
+    Mutation("entropy without its power before the critic", "functionals/divergences", "return self.m / (self.m - 1) * softplus(s)", "return 1 / (self.m - 1) * softplus(s)", "test_jko.py::test_entropy[2.0]"),
+    Mutation("entropy in units of the volume", "functionals/divergences", "math.exp((1 - self.m) * reference.log_volume)", "math.exp(-reference.log_volume)", "test_jko.py::test_entropy[3.0]"),
+    Mutation("ball of another dimension's volume", "functionals/references", "math.lgamma(d / 2 + 1)", "math.lgamma(d / 2)", "test_jko.py::test_the_uniform_law_on_the_ball"),
+    Mutation("ball crowded at its centre", "functionals/references", "dtype=torch.float32) ** (1 / d)", "dtype=torch.float32)", "test_jko.py::test_the_uniform_law_on_the_ball"),
+    Mutation("interaction without its one half", "functionals/energies", ".sum(1) / (n - 1) / 2", ".sum(1) / (n - 1)", "test_jko.py::test_energies_without_a_critic"),
+    Mutation("free energy that the map's expansion raises", "functionals/energies", "return -value - gain", "return -value + gain", "test_jko.py::test_free_energy_is_the_change_of_variables"),
+    Mutation("reference with the second moments about zero", "functionals/references", "covariance = (wide - self.mean).T @ (wide - self.mean)", "covariance = wide.T @ wide", "test_jko.py::test_kl[0.0]"),
     Mutation("convex network without its strong convexity", "networks/maps", "quadratic = self.strong * u.square().sum(-1) + (u", "quadratic = (u", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
     Mutation("convex network with weights of any sign", "networks/maps", "z @ self.between[k - 1].exp()", "z @ self.between[k - 1]", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
     Mutation("determinant of the factor alone", "networks/maps", "2 * factor.diagonal(", "factor.diagonal(", "test_jko.py::test_a_convex_network_is_the_gradient_of_a_convex_function[2]"),
     Mutation("conjugate gradients that stop after one", "networks/maps", "u.shape[-1] if iterations is None", "1 if iterations is None", "test_jko.py::test_the_sampled_determinant_has_the_exact_one_s_gradient_on_average"),
-    Mutation("JKO step of twice the length", "models/jko", "/ (2 * self.model.step) + value", "/ (4 * self.model.step) + value", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
-    Mutation("trapezoid of two halves whole", "models/jko", "(slope * (moved - here)).sum(1).mean()) / 2", "(slope * (moved - here)).sum(1).mean())", "test_jko.py::test_schemes_are_told_apart[trapezoid]"),
-    Mutation("first variation at the end of the step", "models/jko", "z = here.clone()", "z = moved.clone()", "test_jko.py::test_schemes_are_told_apart[trapezoid]"),
-    Mutation("transport paid for from the source", "models/jko", "if model.whole else self.now)[row], self.now[row]", "if model.whole else self.now)[row], self.first[row]", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
-    Mutation("maps applied in the wrong order", "models/jko", "x = step(x)\n        return x\n\n    # --- within", "x = step(x)\n        return self.model.kept[0](x)\n\n    # --- within", "test_jko.py::test_a_step_of_kl_between_gaussians[fresh]"),
+    Mutation("JKO step of twice the length", "models/turns", "/ (2 * self.model.step) + value", "/ (4 * self.model.step) + value", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
+    Mutation("trapezoid of two halves whole", "models/turns", "(slope * (moved - here)).sum(1).mean()) / 2", "(slope * (moved - here)).sum(1).mean())", "test_jko.py::test_schemes_are_told_apart[trapezoid]"),
+    Mutation("first variation at the end of the step", "models/turns", "z = here.clone()", "z = moved.clone()", "test_jko.py::test_schemes_are_told_apart[trapezoid]"),
+    Mutation("transport paid for from the source", "models/turns", "if model.whole else self.now)[row], self.now[row]", "if model.whole else self.now)[row], self.first[row]", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
+    Mutation("maps applied in the wrong order", "models/turns", "x = step(x)\n        return x\n\n    # --- within", "x = step(x)\n        return self.model.kept[0](x)\n\n    # --- within", "test_jko.py::test_a_step_of_kl_between_gaussians[fresh]"),
     Mutation("density that forgets a determinant", "models/jko", "change = change + wide.log_det(points)", "change = wide.log_det(points)", "test_jko.py::test_density"),
-    Mutation("critic's Adam not taken up again", "models/jko", "rival.optimizer.load_state_dict(memory)", "pass", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[5-particles]"),
+    Mutation("critic's Adam not taken up again", "models/turns", "rival.optimizer.load_state_dict(memory)", "pass", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[5-particles]"),
     # targets that are known by their density
     Mutation("Stein's particles attract each other", "fields/stein", "push = K.sum(-1, keepdim=True) * z - K @ x", "push = K @ x - K.sum(-1, keepdim=True) * z", "test_targets.py::test_stein_is_the_sum_that_it_is_written_as"),
     Mutation("Stein's bandwidth without its one half", "fields/stein", "median / (2 * math.log(len(z) + 1))", "median / math.log(len(z) + 1)", "test_targets.py::test_stein_is_the_sum_that_it_is_written_as"),
@@ -232,8 +233,11 @@ MUTATIONS = [
     Mutation("weights' prior without the precision's power", "logistic", "q / 2 * (log_alpha - math.log(2 * math.pi))", "-q / 2 * math.log(2 * math.pi)", "test_targets.py::test_the_posterior_is_prior_times_likelihood"),
     Mutation("mean of logarithms for the logarithm of the mean", "logistic", "torch.logsumexp(logsigmoid(part[:, :-1] @ signed.T), 0)", "logsigmoid(part[:, :-1] @ signed.T).mean(0) + math.log(len(part))", "test_targets.py::test_the_predictive_probability_is_the_samples_mean"),
     Mutation("Jensen and Shannon's divergence doubled", "metrics", "for half in halves) / 2, error", "for half in halves), error", "test_targets.py::test_divergences_from_densities_at_points"),
-    Mutation("Crank and Nicolson's old variation forgotten", "models/jko", "return (value + rival.on_particles(moved, move, past=True)) / 2", "return value", "test_jko.py::test_schemes_are_told_apart[crank-nicolson]"),
-    Mutation("critic's chance left to the machine", "models/jko", "chance_of_dropout(critics, self.generator, step)", "chance_of_dropout(network, self.generator, step)", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[5-dropout]"),
+    Mutation("porous step as long as its start allows", "closed_forms/jko", "-(1 + r) * math.expm1(", "-(1 + r / 2) * math.expm1("),
+    Mutation("porous step by the exponent of the density", "closed_forms/jko", "gamma, share = 1 / (d * (m - 1) + 2)", "gamma, share = d / (d * (m - 1) + 2)"),
+    Mutation("symmetric floor without the mean's part", "metrics", "return d * (d + 3) * (n - 1)", "return d * (d + 1) * (n - 1)"),
+    Mutation("Crank and Nicolson's old variation forgotten", "models/turns", "return (value + rival.on_particles(moved, move, past=True)) / 2", "return value", "test_jko.py::test_schemes_are_told_apart[crank-nicolson]"),
+    Mutation("critic's chance left to the machine", "models/turns", "chance_of_dropout(critics, self.generator, step)", "chance_of_dropout(network, self.generator, step)", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[5-dropout]"),
 ]  # fmt: skip
 
 
@@ -366,6 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--quick", action="store_true", help="with --record: only as much as shows all once more")
+    parser.add_argument("--new", action="store_true", help="with --record: only what the record does not have")
     options = parser.parse_args()
     start, tests = time.perf_counter(), list(theorem_tests())
     if options.record:
@@ -388,7 +393,13 @@ def main() -> int:
             for seen, killed in zip(found, each, strict=True):
                 seen |= set(killed)
 
-    if options.quick:
+    if options.new:
+        for seen, m, what in zip(found, MUTATIONS, whats, strict=True):
+            row = by_name.get(m.name, {"what": ""})
+            seen |= set(row["killed_by"]) if row["what"] == what else set()
+        for wanted in (sorted(set(tests) - known), tests):
+            look([[] if seen else wanted for seen in found])
+    elif options.quick:
         look(renewing(by_name))
         look(renewing(by_name, found))
     else:
@@ -404,6 +415,9 @@ def main() -> int:
             for m, what, killed in zip(MUTATIONS, whats, killers, strict=True)
         ]
         source = provenance("python tests/mutations.py", time.perf_counter() - start, ["nsgf-lite", "torch", "pytest"])
+        if options.new:
+            before = json.loads(RECORD.read_text(encoding="utf-8"))["provenance"]
+            source["rows kept from"] = [*before.get("rows kept from", []), before["commit"]]
         write_record(RECORD, {"provenance": source, "sharp": sharp, "rows": rows})
     for complaint, items in (("mutations no test notices", unnoticed), ("tests no mutation kills", toothless)):
         if items:

@@ -338,21 +338,21 @@ class Stopped(Exception):
 
 def _stop_after(model, step, file, budget):
     """Fit until the loss of this step is asked for, as a kill would end it."""
-    from nsgf_lite.models import jko
+    from nsgf_lite.models import turns
 
-    plain = jko._Run.loss
+    plain = turns.Run.loss
 
     def loss(run, network, at):
         if at == step:
             raise Stopped
         return plain(run, network, at)
 
-    jko._Run.loss = loss
+    turns.Run.loss = loss
     try:
         with pytest.raises(Stopped):
             model.fit(ROUND, budget, checkpoint=file, progress=False)
     finally:
-        jko._Run.loss = plain
+        turns.Run.loss = plain
 
 
 @pytest.mark.parametrize("kind", KINDS)

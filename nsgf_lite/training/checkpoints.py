@@ -262,10 +262,9 @@ def code_of(files: Iterable[Path]) -> str:
 def code() -> str:
     """Hash of the code of this library on which a training depends."""
     house = Path(__file__).parents[1]
-    rooms = [house / room for room in ("transport", "closed_forms", "networks", "training", "fields", "models")]
-    singles = [
-        house / name for name in ("inputs.py", "particles.py", "toy.py", "functionals.py", "targets.py", "logistic.py")
-    ]
+    names = ("transport", "closed_forms", "networks", "training", "fields", "functionals", "models")
+    rooms = [house / name for name in names]
+    singles = [house / name for name in ("inputs.py", "particles.py", "toy.py", "targets.py", "logistic.py")]
     return code_of([*singles, *(path for room in rooms for path in room.glob("*.py"))])
 
 
