@@ -433,6 +433,26 @@ def test_tensors_may_be_shorter_than_what_is_made_of_them():
     small(nl.NSGF, **FEW).fit(POINTS, FAR, budget, progress=False)
 
 
+@pytest.mark.parametrize("name", [*MODELS, "NSGF++", "JKO"])
+def test_points_that_leave_the_numbers_are_told_of(name):
+    """One weight made enormous: the points that it moves end nowhere, and the sample says how many."""
+    if name == "NSGF++":
+        model = nl.NSGFPlusPlus(network=small(nl.NSGF).network, **FEW).fit(ROUND, FAR, SHORT, progress=False)
+    elif name == "JKO":
+        model = nl.JKOFlow(nl.functionals.JSD(FAR), 0.5, 2).fit(ROUND, SHORT, progress=False)
+    else:
+        model = fitted(name)
+    given = {} if name == "JKO" else {"steps": steps_of(model)}
+    # of the two phases the second: the predictor of the time between them refuses such points
+    networks = [model.velocity] if name == "NSGF++" else model.networks().values()
+    for weight in (weight for network in networks for weight in network.parameters()):
+        weight.data.mul_(1e30)
+    for sample in (model.sample, model.path):
+        with pytest.warns(RuntimeWarning, match=r"\d+ of 9 points ended at no finite place"):
+            x = sample(9, **given)
+    assert not torch.isfinite(x[-1]).all()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_samples_the_same(name, tmp_path):
     model = fitted(name, target=FAR if name == "EPT" else [LEFT, FAR])

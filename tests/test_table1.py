@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
 from benchmarks import table1
@@ -164,3 +165,41 @@ def test_workers_end_with_their_parent(tmp_path):
         time.sleep(0.2)
     assert not alive(child)
     parent.stdout.close()
+
+
+def test_a_sample_that_left_the_numbers_is_an_infinite_score_and_a_lost_cell(tmp_path, monkeypatch):
+    """Whatever the rest: worse for the one that it happens to, undecided for both, and counted."""
+    monkeypatch.setenv("NSGF_TABLE1_WORK", str(tmp_path))
+
+    class Lost:
+        def sample(self, n, steps, solver, start):
+            return torch.cat([start[:-1], torch.full_like(start[:1], math.inf)])
+
+    assert table1.scores(Lost(), "moons", 10, 2, 0) == [math.inf, math.inf]
+    assert table1.mean([1.0, math.inf, 3.0]) == 2.0 and table1.mean([math.inf]) == math.inf
+    far = {}
+    for lost in ((), ("NSGF",), ("OT-CFM",), table1.PAIR):
+        for method in table1.PAIR:
+            for seed in range(table1.PAIR_SEEDS):
+                w2 = [0.5 if method == "NSGF" else 1.0] * 20
+                w2[3] = math.inf if method in lost and seed == 9 else w2[3]
+                each = {"w2": w2, "seconds": 1.0}
+                table1.keep(table1.part(7, "run", method, "moons", seed), {"10": each, "100": each}, 0.0)
+        far[lost] = table1.pair("moons", "10", 7, 1.0)
+    assert [cell["verdict"] for cell in far.values()] == ["better", "worse", "better", "undecided"]
+    assert [cell["left"] for cell in far.values()] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+    assert [len(cell["by_seed"]) for cell in far.values()] == [10, 9, 9, 9]
+    row = table1.row("NSGF", "moons", "10", 7, 1.0)
+    assert row["left"] == 1 and row["w2"] == 0.5 and len(row["by_seed"]) == 10
+
+
+def test_pieces_of_code_that_gives_the_same_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSGF_TABLE1_WORK", str(tmp_path))
+    file = table1.part("floor", "moons")
+    for whose in (*table1.ALIKE, table1.identity(), "another"):
+        table1.pieces.keep(file, {"identity": whose, "w2": [1.0]})
+        if whose == "another":
+            with pytest.raises(ValueError, match="was made by other code"):
+                table1.read(file)
+        else:
+            assert table1.read(file)["w2"] == [1.0]

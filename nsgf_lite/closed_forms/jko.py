@@ -159,7 +159,7 @@ def jko_barenblatt(t: float, step: float, d: int, m: float) -> float:
     """Age s of Barenblatt's profile after one JKO step down ``1/(m-1) ∫P^m`` from the profile of age t.
 
     A step leads from one :func:`barenblatt` to another, with ``s (1 - (t/s)^γ) = step γ`` and ``γ = 1/(d(m-1) + 2)``.
-    It is younger than the flow: ``s < t + step``.
+    It is younger than the flow: ``s < t + step``, up to rounding.
 
     Parameters
     ----------
@@ -186,6 +186,7 @@ def jko_barenblatt(t: float, step: float, d: int, m: float) -> float:
     t, m = _read_profile(t, m)
     (step,), (d,) = read_positive(step=step), read_counts(d=d)
     gamma, share = 1 / (d * (m - 1) + 2), step / t
-    # in units of t, the step's end as 1 + r: the left side lies below the right at r = 0, above it at r = share
-    r = brentq(lambda r: -(1 + r) * math.expm1(-gamma * math.log1p(r)) - gamma * share, 0.0, share, xtol=1e-300)
+    # in units of t, the step's end as 1 + r: the left side lies below the right at r = 0, above it at r = share and, so
+    # that rounding cannot hide it, at twice that
+    r = brentq(lambda r: -(1 + r) * math.expm1(-gamma * math.log1p(r)) - gamma * share, 0.0, 2 * share, xtol=1e-300)
     return t * (1 + float(r))

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import exact, read_parameters
 from nsgf_lite.models.flow import Flow, NetworkFactory, call, read_factory
+from nsgf_lite.models.saved import told
 from nsgf_lite.networks import MLP, evaluating
 from nsgf_lite.training import Training, machine, train
 from nsgf_lite.training.loop import read_seed, read_training
@@ -154,7 +155,7 @@ class EPT(Flow):
         rows = [x]
         for k in range(steps):
             rows.append(rows[-1] + self._displacement(rows[-1], k))
-        return torch.stack(rows)
+        return told(torch.stack(rows))
 
     def networks(self) -> dict[str, nn.Module]:
         """The ratio networks, one for each step."""

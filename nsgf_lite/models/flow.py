@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nsgf_lite.inputs import exact, read_clouds, read_counts, read_generator
-from nsgf_lite.models.saved import Saved, made
+from nsgf_lite.models.saved import Saved, made, told
 from nsgf_lite.networks import MLP, call, evaluating
 from nsgf_lite.particles import METHODS, advance
 from nsgf_lite.training import Part, Stream, Training, fit_together
@@ -169,7 +169,7 @@ class Flow(Saved):
         for k in range(steps):
             moved, _ = advance(lambda z, t: self._at(z, t, labels), rows[-1], k / steps, 1 / steps, solver)
             rows.append(moved)
-        return torch.stack(rows)
+        return told(torch.stack(rows))
 
     def sample(
         self,
@@ -182,6 +182,8 @@ class Flow(Saved):
         generator: Generator | None = None,
     ) -> Tensor:
         """Samples (n, d) of the target: the source's points at the end of the learned flow.
+
+        A RuntimeWarning says so if some of them are not finite.
 
         Parameters
         ----------

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from nsgf_lite.functionals import Functional, Samples, read_values
 from nsgf_lite.inputs import exact, read_clouds, read_counts, read_flags, read_generator, read_parameters
-from nsgf_lite.models.saved import Saved, made
+from nsgf_lite.models.saved import Saved, made, told
 from nsgf_lite.models.turns import CROWD, JKOStep, Rival, Run
 from nsgf_lite.networks import ICNN, LogRatio, ResidualMap, evaluating
 from nsgf_lite.training import Stream, Training, machine, train
@@ -218,7 +218,7 @@ class JKOFlow(Saved):
         for step in self.kept[: self.steps if upto is None else upto]:
             with evaluating(step):
                 rows.append(step(x if self.whole else rows[-1]))
-        return torch.stack(rows)
+        return told(torch.stack(rows))
 
     @exact
     @torch.no_grad()
@@ -248,7 +248,7 @@ class JKOFlow(Saved):
         for step in steps[-1:] if self.whole else steps:
             with evaluating(step):
                 x = step(x)
-        return x
+        return told(x)
 
     def _read(self, n: int, upto: int | None) -> int:
         if not self.kept:

@@ -1,5 +1,6 @@
 """What a model of the book is to a file: its parameters, and the networks that it has trained."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,19 @@ from nsgf_lite.networks import seeded
 from nsgf_lite.training import checkpoints, described, json_like
 
 MAKERS = ("network", "transport", "critic")  # what makes networks: their shapes are in the file
+
+
+def told(x: Tensor) -> Tensor:
+    """The points (…, n, d) as they are; a RuntimeWarning if some of the last n are not finite."""
+    lost = int((~torch.isfinite(x).all(-1)).reshape(-1, x.shape[-2])[-1].sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {x.shape[-2]} points ended at no finite place: the network was followed to where it was not "
+            "trained; train it at a smaller rate, or look at where those points start",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return x
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from nsgf_lite.inputs import exact, read_clouds
 from nsgf_lite.models.flow import Flow, NetworkFactory, call, read_factory
 from nsgf_lite.models.nsgf import NSGF
+from nsgf_lite.models.saved import told
 from nsgf_lite.models.straight import Interpolant
 from nsgf_lite.networks import evaluating
 from nsgf_lite.particles import advance
@@ -193,7 +194,7 @@ class NSGFPlusPlus(Flow):
             now = begin + k * length
             moved, _ = advance(lambda z, t: self.straight._at(z, t, labels), rows[-1], now, length, solver)
             rows.append(moved)
-        return torch.stack(rows)
+        return told(torch.stack(rows))
 
     def _make(self, generator: Generator, points: Tensor | None = None) -> nn.Module:
         for part in (self.sinkhorn, self.straight):
