@@ -59,8 +59,8 @@ also the number of points that a Sinkhorn problem or a matching sees, and withou
 the rate is Adam's 1e-3, since the paper names none for the plane. One seed: a look, not a test.
 
 *Why.* (Added when the pair's cells were known: NSGF is behind in all five with 100 steps.) Its pool then starts from a
-quarter of the points, so that it costs no more; on two sets and three seeds it is trained once more from as many points
-as for ten steps.
+quarter of the points, so that it is two and a half times as large and not ten; on two sets and three seeds it is
+trained once more from as many points as for ten steps.
 
 *Deviations between methods.* NSGF and EPT are trained once for each number of steps. For 100 steps NSGF's step leaves
 as much of the way as ten steps do, and its pool has a quarter of the starting points, ten times the steps. EPT keeps

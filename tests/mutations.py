@@ -378,6 +378,8 @@ def main() -> int:
     whats = [f"{m.old}  →  {m.new}" for m in MUTATIONS]
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["rows"] if RECORD.exists() else []
     known = {name for row in recorded for name in row["killed_by"] if name.startswith("test_thm_")}
+    if options.new and not recorded:
+        parser.error(f"--new keeps the rows of a record, and there is no {RECORD.relative_to(ROOT)}")
     if not options.record and ([row["what"] for row in recorded] != whats or known != set(tests)):
         print(f"{RECORD.relative_to(ROOT)} is not of these mutations and tests: run with --record")
         return 1

@@ -100,6 +100,21 @@ def test_pieces_that_are_there_are_not_done_again_and_one_run_is_at_work(tmp_pat
     assert found.items() >= {"0.json": 0, "1.json": "done before"}.items() and ".lock" not in found
 
 
+def halved(n):
+    return {"half": n / 2}
+
+
+def test_results_are_made_once_and_belong_to_the_code_that_made_them(tmp_path):
+    jobs = {str(n): (halved, n) for n in (3, 5)}
+    made = pieces.results(tmp_path, jobs, 1, "halves")
+    assert [piece["row"]["half"] for piece in made] == [1.5, 2.5] and all(piece["processor"] >= 0 for piece in made)
+    pieces.keep(tmp_path / "3.json", {**made[0], "row": "kept"})
+    assert [piece["row"] for piece in pieces.results(tmp_path, jobs, 1, "halves")] == ["kept", {"half": 2.5}]
+    homes = [pieces.home("x", settings, files) for settings in ([1], [2]) for files in ([], ["README.md"])]
+    assert len(set(homes)) == 4 and homes[0] == pieces.home("x", [1], []) and homes[0].parent.name == "x"
+    assert pieces.digits({"a": [1.23456789, (2,)], "b": "c"}) == {"a": [1.2346, [2]], "b": "c"}
+
+
 PARENT = """
 import sys
 from pathlib import Path
