@@ -15,6 +15,8 @@ from conftest import ROOT, require, wheel_kernel
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 
+import nsgf_lite
+
 FOLDER = ROOT / "colab" / "book"
 NAMES = [path.stem for path in notebooks.chapters()]
 SYNTAX = re.compile(
@@ -117,8 +119,6 @@ def test_first_cell_installs_the_release_on_colab_and_leaves_torch_alone(tmp_pat
     assert magic == "pip" and held == [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
     wanted = Requirement(re.search(r'"(.+)"', line)[1])
     url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
-    import nsgf_lite
-
     assert (wanted.name, wanted.extras) == ("nsgf-lite", {"book"})
     assert wanted.url == f"git+{url}.git@v{nsgf_lite.__version__}"
     assert "--constraint held.txt" in line
