@@ -245,6 +245,11 @@ def test_energies_without_a_critic():
     assert torch.allclose(
         Interaction(W).slope(x, x), slope * 6 / 7
     )  # where each is of the crowd, without a force on itself
+    many = normal(1003, 2)
+    for k in (2, 1001):  # of more than a thousand particles the first thousand are the law
+        apart = many[k] - torch.cat([many[:k], many[k + 1 : 1000]] if k < 1000 else [many[:1000]])
+        found = Interaction(W).on_particles(None, many, None, Move(many, None, chance()))[k]
+        assert float(found) == pytest.approx(float(W(apart).mean()) / 2)
     other = normal(4, 2, seed=3)
     mean = torch.stack([sum((d.square().sum() - 1) * d for d in z - other) / 4 for z in x])
     assert torch.allclose(Interaction(W).slope(x, other), mean)
