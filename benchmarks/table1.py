@@ -142,7 +142,7 @@ Choice = dict[str, float]
 class Method:
     """One row of the table: how to make the model, where the search of its knobs starts, and its teacher."""
 
-    make: "Callable[[int, nl.Flow | None, Choice, nl.Law], nl.Flow | Jko]"
+    make: "Callable[[int, nl.Flow | None, Choice, nl.toy.Law], nl.Flow | Jko]"
     own: Choice = field(default_factory=dict)  # knobs beside rate and average, with the values to start from
     averaged: bool = True
     per_steps: bool = False  # trained once for each number of steps
@@ -158,7 +158,7 @@ class Method:
 class Jko:
     """A JKO flow down JSD to the target, called as the others are; its map and its critic share the optimiser steps."""
 
-    def __init__(self, steps: int, _: object, choice: Choice, target: nl.Law) -> None:
+    def __init__(self, steps: int, _: object, choice: Choice, target: nl.toy.Law) -> None:
         self.ascents = int(choice["ascents"])
         self.flow = nl.JKOFlow(
             nl.functionals.JSD(target),
@@ -170,7 +170,7 @@ class Jko:
             critic=partial(nl.networks.LogRatio, width=256, depth=3),
         )
 
-    def fit(self, source: nl.Law, _: object, training: nl.Training, *, seed: int, progress: bool) -> None:
+    def fit(self, source: nl.toy.Law, _: object, training: nl.Training, *, seed: int, progress: bool) -> None:
         share = replace(training, steps=training.steps // (1 + self.ascents))
         self.flow.fit(source, share, seed=seed, progress=progress)
 

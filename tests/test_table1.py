@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import nsgf_lite as nl
 from benchmarks import table1
 
 
@@ -165,6 +166,26 @@ def test_workers_end_with_their_parent(tmp_path):
         time.sleep(0.2)
     assert not alive(child)
     parent.stdout.close()
+
+
+def test_a_jko_flow_is_called_as_the_others_are(tmp_path):
+    """Its own number of steps, optimiser steps shared with the critic, the same again from a file."""
+    choice, (source, target) = {"rate": 1e-3, "time": 2.0, "ascents": 3.0}, table1.SETS["moons"]
+    make = table1.METHODS["JKO-Flow"].make
+    model = make(2, None, choice, target)
+    assert model.flow.step == 1.0 and model.flow.functional == nl.functionals.JSD(target)
+    model.fit(source, target, table1.training(choice, 19), seed=0, progress=False)
+    with pytest.raises(ValueError, match="at least 2 steps.*got 1"):  # a quarter of seven: three are the critic's
+        make(2, None, choice, target).fit(source, target, table1.training(choice, 7), seed=0, progress=False)
+    start = source.sample(20, torch.Generator().manual_seed(0))
+    x = model.sample(20, 2, "euler", start=start)
+    assert torch.equal(model.path(20, 2, start=start)[-1], x) and not torch.equal(x, start)
+    with pytest.raises(ValueError, match="steps must be those of the training, 2, got 3"):
+        model.sample(20, 3, "euler", start=start)
+    model.save(tmp_path / "flow.safetensors")
+    assert torch.equal(
+        make(2, None, choice, target).load(tmp_path / "flow.safetensors").sample(20, 2, "", start=start), x
+    )
 
 
 def test_a_sample_that_left_the_numbers_is_an_infinite_score_and_a_lost_cell(tmp_path, monkeypatch):
