@@ -217,6 +217,11 @@ FALSE = {
         "order of OT-CFM and EPT": exchanged("OT-CFM", "EPT", "sets", ..., "methods"),
         "floors": times(1.5, "sets", ..., "floor"),
         "other draws": times(1.3, "sets", ..., "again", "10", ...),
+        "differences of the pair": times(-1, "sets", ..., "pair", ..., "by_seed"),
+        "gaps of the pair": times(0.2, "sets", ..., "pair", ..., "gap"),
+        "verdicts of the pair": exchanged("worse", "better", "sets", ..., "pair", ..., "verdict"),
+        "samples that left": times(0, "sets", ..., "pair", ..., "left"),
+        "the fuller pool": times(1.1, "full", ..., "by_seed"),
         "curves": exchanged("NSGF", "FM", "curves", ...),
     },
     "two_phase": {
