@@ -218,6 +218,8 @@ MUTATIONS = [
     Mutation("transport paid for from the source", "models/turns", "if model.whole else self.now)[row], self.now[row]", "if model.whole else self.now)[row], self.first[row]", "test_jko.py::test_a_step_of_kl_between_gaussians[crowd]"),
     Mutation("maps applied in the wrong order", "models/turns", "x = step(x)\n        return x\n\n    # --- within", "x = step(x)\n        return self.model.kept[0](x)\n\n    # --- within", "test_jko.py::test_a_step_of_kl_between_gaussians[fresh]"),
     Mutation("density that forgets a determinant", "models/jko", "change = change + wide.log_det(points)", "change = wide.log_det(points)", "test_jko.py::test_density"),
+    Mutation("reference that stays where the step began", "models/turns", "rival.reference.follow(moved)", "pass", "test_jko.py::test_a_law_sixty_times_narrower_needs_a_reference_that_follows"),
+    Mutation("followed moments without the shift of the mean", "functionals/references", "+ self.share * covariance + between", "+ self.share * covariance", "test_jko.py::test_a_reference_follows_as_a_mixture_does"),
     Mutation("critic's Adam not taken up again", "models/turns", "rival.optimizer.load_state_dict(memory)", "pass", "test_jko.py::test_an_interrupted_flow_goes_on_to_the_bit[5-particles]"),
     # targets that are known by their density
     Mutation("Stein's particles attract each other", "fields/stein", "push = K.sum(-1, keepdim=True) * z - K @ x", "push = K @ x - K.sum(-1, keepdim=True) * z", "test_targets.py::test_stein_is_the_sum_that_it_is_written_as"),

@@ -153,6 +153,49 @@ def test_kl(other):
         assert abs(value - truth) < 4 * error < 0.02
 
 
+def test_a_reference_follows_as_a_mixture_does():
+    """A quarter of new particles in it: the moments of three copies of the old beside one of the new, all as laws."""
+    old, new = 0.5 + 1.3 * normal(4000, 2, seed=2), 3 + 0.2 * normal(4000, 2, seed=3)
+    reference = KL(lambda x: x, follow=0.25).reference()
+    reference.renew(old)
+    reference.follow(new)
+    both = torch.cat([old, old, old, new])
+    assert torch.allclose(reference.mean, both.mean(0))
+    assert torch.allclose(reference.factor @ reference.factor.T, torch.cov(both.T), rtol=1e-3)
+    still = KL(lambda x: x).reference()
+    still.renew(old)
+    still.follow(new)
+    assert torch.equal(still.mean, old.mean(0))
+    all_of_it = KL(lambda x: x, follow=1).reference()
+    all_of_it.renew(old)
+    all_of_it.follow(new)
+    assert torch.allclose(all_of_it.factor @ all_of_it.factor.T, torch.cov(new.T))
+    refused(lambda: all_of_it.follow(new[:2]), "covariance of 2 particles in dimension 2")
+    with pytest.raises(FloatingPointError, match="some are not finite: the map diverged"):
+        all_of_it.follow(new * math.inf)
+    for share in (-0.1, 1.5, math.nan, True, "1"):
+        refused(lambda share=share: KL(lambda x: x, follow=share), "follow must be")
+
+
+def test_a_law_sixty_times_narrower_needs_a_reference_that_follows():
+    """The exact step is known; beside a reference of the step's beginning the critic says nothing true."""
+    precision, law = 4000.0, (torch.tensor(v, dtype=F64) for v in (0, 1, 1, 1 / 4000))
+    mean, variance = (float(part) for part in nl.closed_forms.jko_gaussian(*law, 0.1))
+    level = -1 - math.log(2 * math.pi * variance) + precision * (variance + (mean - 1) ** 2)  # of both coordinates
+
+    def trained(follow):
+        functional = KL(lambda x: -precision / 2 * (x - 1).square().sum(1), follow)
+        model = nl.JKOFlow(functional, 0.1, 1, particles=5000, transport=lambda d: ResidualMap(d, depth=0))
+        model.fit(ROUND, nl.Training(steps=400, batch=256, rate=0.02), progress=False)
+        x = model.sample(4000).double()
+        return float((x.mean(0) - mean).abs().max()), float((x.var(0) / variance - 1).abs().max()), model.values[0]
+
+    off, wide, value = trained(0.1)
+    assert off < 0.01 and wide < 0.1 and abs(value - level) < 0.1
+    off, wide, value = trained(0.0)
+    assert wide > 0.5 and abs(value - level) > 100
+
+
 def test_kl_of_samples_and_jensen_shannon():
     """By quadrature on the line; Jensen and Shannon's is the sum of both divergences to the middle, not their mean."""
     P, Q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(1.0, 1.5)
@@ -298,6 +341,7 @@ def tiny(functional=AWAY, **options):
 
 KINDS = {
     "particles": {},
+    "follow": {"functional": KL(AWAY.log_density, follow=0.3)},
     "fresh": {"particles": None},
     "trapezoid": {"scheme": "trapezoid"},
     "whole": {"whole": True},

@@ -106,6 +106,9 @@ class Reference:
         """Points (n, d) of the law."""
         raise NotImplementedError
 
+    def follow(self, x: Tensor) -> None:
+        """Come along with moved particles (n, d) within a JKO step, before each step of the critic."""
+
     def check(self, x: Tensor) -> None:
         """ValueError if moved particles (n, d) are where the reference does not reach."""
 

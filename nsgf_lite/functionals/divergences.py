@@ -16,18 +16,22 @@ from nsgf_lite.inputs import read_parameters
 class KL(Functional):
     """``KL(P|Q)`` for a density Q, by a critic: ``1 + sup_s E_P[s + log(µ/Q)] - E_µ[e^s]``, s = log dP/dµ at best.
 
-    µ is the Gaussian law with the mean and covariance of the particles at the beginning of each JKO step. If Q is not
-    normalised, all values are less by the logarithm of its mass, and the flow is the same.
+    µ is the Gaussian law with the mean and covariance of the particles at the beginning of each JKO step, or follows
+    them within it, which a Q needs that is much narrower than the particles. If Q is not normalised, all values are
+    less by the logarithm of its mass, and the flow is the same.
 
     Parameters
     ----------
     log_density : callable
         Logarithm of Q (n,) at points (n, d), up to a constant; differentiable.
+    follow : float
+        Share, from 0 to 1, that the particles as they are now moved get in µ at each step of the critic.
 
     Raises
     ------
     ValueError
-        In a JKO step, if log_density returns another shape, or the particles are too few for a covariance.
+        If follow is not a number from 0 to 1; in a JKO step, if log_density returns another shape, or the particles
+        are too few for a covariance.
     FloatingPointError
         In a JKO step, if log_density is NaN or infinite at a particle.
 
@@ -41,13 +45,17 @@ class KL(Functional):
     """
 
     log_density: LogDensity
+    follow: float = 0.0
 
     def __post_init__(self) -> None:
         read_functions(log_density=self.log_density)
+        read_parameters(self, sizes="follow")
+        if self.follow > 1:
+            raise ValueError(f"follow must be a number from 0 to 1, got {self.follow!r}")
 
     def reference(self) -> Reference:
         """As :meth:`Functional.reference`."""
-        return Moments()
+        return Moments(self.follow)
 
     def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
         """As :meth:`Functional.on_particles`."""

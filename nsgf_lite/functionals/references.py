@@ -12,24 +12,37 @@ from nsgf_lite.training.streams import Stream
 
 
 class Moments(Reference):
-    """The Gaussian law with the particles' mean and covariance."""
+    """The Gaussian law with the particles' mean and covariance, which may follow them within a JKO step."""
 
     mean: Tensor
     factor: Tensor
 
+    def __init__(self, share: float = 0.0) -> None:
+        self.share = share
+
     def renew(self, crowd: Tensor) -> None:
         """As :meth:`Reference.renew`; ValueError if there are too few particles for a covariance."""
-        n, d = crowd.shape
-        wide = crowd.double()
-        self.mean = wide.mean(0)
-        covariance = (wide - self.mean).T @ (wide - self.mean) / max(n - 1, 1)
+        self._fit(*_moments(crowd), len(crowd))
+
+    def follow(self, x: Tensor) -> None:
+        """As :meth:`Reference.follow`: the moments of what was, and of a share of the moved particles."""
+        if self.share:
+            mean, covariance = _moments(x)
+            old, gone = self.factor @ self.factor.T, mean - self.mean
+            between = self.share * (1 - self.share) * torch.outer(gone, gone)
+            mixed = (1 - self.share) * old + self.share * covariance + between
+            self._fit(self.mean + self.share * gone, mixed, len(x))
+
+    def _fit(self, mean: Tensor, covariance: Tensor, n: int) -> None:
+        if not bool(torch.isfinite(covariance).all()):
+            raise FloatingPointError("the particles have no covariance, some are not finite: the map diverged")
         values = torch.linalg.eigvalsh(covariance)
-        if n <= d or not float(values[0]) > 1e-12 * float(values[-1]):
+        if not float(values[0]) > 1e-12 * float(values[-1]):
             raise ValueError(
-                f"the covariance of {n} particles in dimension {d} is singular: there are too few, or they lie in a "
-                "plane; give more particles"
+                f"the covariance of {n} particles in dimension {len(mean)} is singular: there are too few, or they "
+                "lie in a plane; give more particles"
             )
-        self.factor = torch.linalg.cholesky(covariance)
+        self.mean, self.factor = mean, torch.linalg.cholesky(covariance)
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """As :meth:`Reference.draw`."""
@@ -50,6 +63,13 @@ class Moments(Reference):
     def restore(self, state: dict[str, Tensor]) -> None:
         """As :meth:`Reference.restore`."""
         self.mean, self.factor = state["mean"], state["factor"]
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of points (n, d), in float64."""
+    wide = x.double()
+    apart = wide - wide.mean(0)
+    return wide.mean(0), apart.T @ apart / max(len(x) - 1, 1)
 
 
 @dataclass

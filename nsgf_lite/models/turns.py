@@ -213,6 +213,7 @@ class Run:
         start, _ = self._minibatch(places=False)
         with torch.no_grad():
             moved = valued(network(start), start, None)
+        rival.reference.follow(moved)
         rival.reference.check(moved)
         z = rival.reference.draw(self.training.batch, self.generator)
         gain = rival.gap(moved, z, Move(start, network, self.generator))
