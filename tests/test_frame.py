@@ -19,6 +19,7 @@ import pytest
 import repository
 import yaml
 from conftest import ROOT, require
+from mutations import misplaced
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -291,6 +292,11 @@ def test_statements_are_found_with_and_without_label(small_book):
         ("lemma", "Second | with a bar", "thm-second-one"),
         ("corollary", "", ""),
     ]
+
+
+def test_every_mutation_finds_its_place():
+    """In a second, and not after all that stands before the mutations."""
+    assert misplaced() == []
 
 
 def test_the_theorem_index_has_titles_links_routes_and_mutations(small_book):
