@@ -108,6 +108,9 @@ class Potential(Functional):
 class Interaction(Functional):
     """``1/2 E[W(X - Y)]`` for independent X, Y of law P: the energy whose flow has the velocity ``-∇(W * P)``.
 
+    In an implicit step the pairs are those of a minibatch; where it has more than a thousand particles, the pairs of
+    each with the first thousand.
+
     Parameters
     ----------
     W : callable
@@ -131,7 +134,7 @@ class Interaction(Functional):
         """As :meth:`Functional.on_particles`; the law is the first thousand particles, each without itself."""
         if len(x) < 2:
             raise ValueError("an interaction needs two particles at least, got 1")
-        law = x[:_LAW]  # all pairs of ten thousand take seconds, and are hardly more exact
+        law = x[:_LAW]  # all pairs of ten thousand take seconds; the mean over fewer is as unbiased
         others = len(law) - (torch.arange(len(x), device=x.device) < len(law)).to(x)
 
         def of(part: Tensor) -> Tensor:
