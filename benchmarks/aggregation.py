@@ -1,7 +1,7 @@
 """Interaction energies by networks: a ring, a logarithmic gas, and four pulses, each with two classes of maps.
 
     python -m benchmarks.aggregation              # writes book/results/aggregation.json; resumes where it stopped
-    python -m benchmarks.aggregation --try        # a tenth of the steps, nothing is written
+    python -m benchmarks.aggregation --try        # a tenth of the minibatches, nothing is written
 
 The three problems of Fan et al. (2022), Appendices C.2 to C.4. Each is run with residual maps and with gradients of
 convex networks, so that the schemes can be compared within one class of maps; three seeds, but one of the pulses. A
@@ -10,7 +10,7 @@ JKO step has BUDGET minibatches of the map, of 500 points. What is measured is o
 *Ring.* W = |z|⁴/4 - |z|²/2 in the plane, from N(0, I/4), 120 steps of 0.05: after each the mean distance
 from the mean, the energy above its least value (by moments), and how far the mean has gone. 100,000 points.
 *Logarithmic gas.* W = z²/2 - log|z| on the line, from N(0, 1), steps of 0.05, 60 of them: the variance, and W_2 to
-the semicircle's quantiles, of 10,000 points in order; beside it the same for exact quantiles and N(0, 1).
+the semicircle's quantiles, of 10,000 points in order.
 *Four pulses.* W = -exp(-|z|²)/π and a tenth of the energy of the porous medium with m = 3, from the uniform law on
 [-3, 3]², 60 steps of 0.5: forward-backward, and both energies at once. Crowd and fresh points are 5000, and the law of
 the explicit step 10,000 points made of the crowd. Mean distances from the two axes after each step, and at SHOWN the
