@@ -1,7 +1,7 @@
 """Maps, functionals and JKO flows: each against another route, and under what a reader may do to them."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -194,6 +194,33 @@ def test_a_law_sixty_times_narrower_needs_a_reference_that_follows():
     assert off < 0.01 and wide < 0.1 and abs(value - level) < 0.1
     off, wide, value = trained(0.0)
     assert wide > 0.5 and abs(value - level) > 100
+
+
+@dataclass(frozen=True)
+class Whole(KL):
+    """KL that a critic's every ascent evaluates whole."""
+
+    def on_particles(self, s, x, reference, move):
+        return super().on_particles(s, x, reference, Move(x, None, chance()))
+
+
+def test_only_the_last_ascent_of_a_turn_asks_for_the_density():
+    """The others need the critic's gradient alone, and the maps are the same to the bit."""
+    asked = []
+
+    def log_density(x):
+        asked.append(len(x))
+        return -(x - 1).square().sum(1)
+
+    def trained(functional):
+        asked.clear()
+        model = nl.JKOFlow(functional, 0.1, 2, particles=500, ascents=3, transport=lambda d: ResidualMap(d, depth=0))
+        model.fit(ROUND, nl.Training(steps=12, batch=64, rate=0.02), progress=False)
+        return model.sample(50), len(asked)
+
+    (lean, few), (whole, many) = trained(KL(log_density)), trained(Whole(log_density))
+    assert torch.equal(lean, whole)
+    assert (few, many) == (2 * 12 + 2, 4 * 12 + 2)  # ascents and map, and a value for each of two steps
 
 
 def test_kl_of_samples_and_jensen_shannon():

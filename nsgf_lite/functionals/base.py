@@ -29,8 +29,11 @@ class Functional:
         """The law Γ that the critic tells P from, anew for each training; None for a functional without a critic."""
         return None
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: "Reference | None", move: "Move") -> Tensor:
-        """A, one number for each particle x (n, d), given the critic's values s (n,)."""
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: "Reference | None", move: "Move | None") -> Tensor:
+        """A, one number for each particle x (n, d), given the critic's values s (n,).
+
+        Where a critic only learns, `move` is None, and what does not depend on s may be left out.
+        """
         raise NotImplementedError
 
     def on_reference(self, s: Tensor, reference: "Reference") -> Tensor:

@@ -57,9 +57,11 @@ class KL(Functional):
         """As :meth:`Functional.reference`."""
         return Moments(self.follow)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         assert s is not None and isinstance(reference, Moments)
+        if move is None:
+            return s
         return 1 + s + reference.log_density(x) - read_values("log_density", self.log_density, x)
 
     def on_reference(self, s: Tensor, reference: Reference) -> Tensor:
@@ -91,7 +93,7 @@ class KLSamples(Functional):
         """As :meth:`Functional.reference`."""
         return data(self.samples)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         assert s is not None
         return 1 + s
@@ -127,7 +129,7 @@ class JSD(Functional):
         """As :meth:`Functional.reference`."""
         return data(self.samples)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         assert s is not None
         return math.log(4) + logsigmoid(-s)
@@ -177,7 +179,7 @@ class Entropy(Functional):
         """As :meth:`Functional.reference`."""
         return Ball(self.margin)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         assert s is not None
         return self.m / (self.m - 1) * softplus(s) ** (self.m - 1)

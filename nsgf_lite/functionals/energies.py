@@ -54,8 +54,9 @@ class FreeEnergy(Functional):
             raise ValueError(f"determinant must be 'exact' or 'sampled', got {self.determinant!r}")
         read_parameters(self, counts="iterations")
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
+        assert move is not None
         if not isinstance(move.network, ICNN):
             raise ValueError(
                 f"transport must make an ICNN for FreeEnergy, a gradient, got {type(move.network).__name__}"
@@ -92,7 +93,7 @@ class Potential(Functional):
     def __post_init__(self) -> None:
         read_functions(V=self.V)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`."""
         return read_values("V", self.V, x)
 
@@ -130,7 +131,7 @@ class Interaction(Functional):
     def __post_init__(self) -> None:
         read_functions(W=self.W)
 
-    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move) -> Tensor:
+    def on_particles(self, s: Tensor | None, x: Tensor, reference: Reference | None, move: Move | None) -> Tensor:
         """As :meth:`Functional.on_particles`; the law is the first thousand particles, each without itself."""
         if len(x) < 2:
             raise ValueError("an interaction needs two particles at least, got 1")

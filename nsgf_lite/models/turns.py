@@ -79,8 +79,11 @@ class Rival:
         s = valued(functional_call(network, held, (y,)), y, 1)[:, 0]
         return self.unit(reference) * self.term.on_particles(s, y, reference, move).mean()
 
-    def gap(self, y: Tensor, z: Tensor, move: Move) -> Tensor:
-        """The critic's gain, from moved particles y (n, d) and points z (m, d) of the reference."""
+    def gap(self, y: Tensor, z: Tensor, move: Move | None) -> Tensor:
+        """The critic's gain, from moved particles y (n, d) and points z (m, d) of the reference.
+
+        Without a move its gradient is right, and its value is not.
+        """
         assert self.reference is not None
         if z.shape[1:] != y.shape[1:]:
             raise ValueError(f"samples must have dimension {y.shape[1]}, as the source has, got {z.shape[1]}")
@@ -175,8 +178,8 @@ class Run:
         critics = nn.ModuleList([rival.network for rival in self.rivals])
         with self._named(), chance_of_dropout(critics, self.generator, step):
             if step % self.model.descents == 0:
-                for _ in range(self.model.ascents):
-                    self.value = sum(self._ascend(rival, network, step) for rival in self.rivals)
+                for left in reversed(range(self.model.ascents)):
+                    self.value = sum(self._ascend(rival, network, step, told=not left) for rival in self.rivals)
             start, here = self._minibatch()
             moved = valued(network(start), start, None)
             move = Move(start, network, self.generator)
@@ -206,8 +209,8 @@ class Run:
         row = torch.randint(len(self.now), (n,), generator=self.generator, device=self.generator.device)
         return (self.first if model.whole else self.now)[row], self.now[row]
 
-    def _ascend(self, rival: Rival, network: nn.Module, step: int) -> float:
-        """One step of a critic up, and its part of the functional; nothing for a term without one."""
+    def _ascend(self, rival: Rival, network: nn.Module, step: int, told: bool) -> float:
+        """One step of a critic up, and its part of the functional if that is asked for; nothing without a critic."""
         if rival.reference is None:
             return 0.0
         start, _ = self._minibatch(places=False)
@@ -216,7 +219,7 @@ class Run:
         rival.reference.follow(moved)
         rival.reference.check(moved)
         z = rival.reference.draw(self.training.batch, self.generator)
-        gain = rival.gap(moved, z, Move(start, network, self.generator))
+        gain = rival.gap(moved, z, Move(start, network, self.generator) if told else None)
         if not bool(torch.isfinite(gain)):
             raise FloatingPointError(f"the critic diverged: its gain is {float(gain.detach())}")
         for group in rival.optimizer.param_groups:
