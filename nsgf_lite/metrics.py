@@ -264,11 +264,11 @@ def sampled_js(p_at_x: Tensor, q_at_x: Tensor, p_at_y: Tensor, q_at_y: Tensor) -
     Lin (1991).
     """
     halves = []
-    for own, other in (_read_logs(p_at_x=p_at_x, q_at_x=q_at_x), _read_logs(q_at_y=q_at_y, p_at_y=p_at_y)):
+    pairs = {"p_at_x": _read_logs(p_at_x=p_at_x, q_at_x=q_at_x), "q_at_y": _read_logs(q_at_y=q_at_y, p_at_y=p_at_y)}
+    for name, (own, other) in pairs.items():
         if len(own) < 2 or bool(torch.isneginf(own).any()):
-            raise ValueError(
-                f"a law must have a density at two points or more of its own sample, got {len(own)} points"
-            )
+            law = name[0]
+            raise ValueError(f"{name} must be finite at two points or more of a sample of {law}, got {len(own)} points")
         halves.append(math.log(2) - torch.logaddexp(torch.zeros_like(own), other - own))
     error = math.sqrt(sum(float(half.var()) / len(half) for half in halves)) / 2
     return sum(float(half.mean()) for half in halves) / 2, error

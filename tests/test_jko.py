@@ -9,6 +9,7 @@ import torch
 from scipy import integrate
 from test_bad_input import refused
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import nsgf_lite as nl
 from nsgf_lite.functionals import JSD, KL, Ball, Entropy, FreeEnergy, Interaction, KLSamples, Moments, Move, Potential
@@ -379,6 +380,7 @@ KINDS = {
     "dropout": {"critic": lambda d: torch.nn.Sequential(LogRatio(d, width=8, depth=1), torch.nn.Dropout(0.3))},
     "spectral": {"critic": lambda d: LogRatio(d, width=8, depth=1, spectral=True)},
     "data": {"functional": JSD(nl.toy.Moons())},
+    "loader": {"functional": JSD(DataLoader(TensorDataset(normal(90, 2).float()), 16))},
     "data, trapezoid": {"functional": KLSamples(normal(90, 2)), "scheme": "trapezoid"},
     "sum": {"functional": 0.5 * Entropy(2, margin=2.0) + Interaction(lambda z: z.square().sum(-1))},
     "sampled": {

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -360,6 +361,53 @@ def test_data_of_one_shape_and_mean_are_told_apart():
         one, same, two = (repr(Stream("target", made(x))) for x in (big, big.clone(), other))
         assert one == same != two
     assert described(FAR) == repr(FAR) and "hash" not in described(nl.fields.Sinkhorn(0.5))
+
+
+class Case:
+    def __init__(self, data):
+        self.data = data
+
+    def log_density(self, x):
+        return -(x - self.data.mean(0)).square().sum(1)
+
+
+somewhere = torch.zeros(1)
+
+
+def near(x):
+    return x - somewhere
+
+
+def test_data_in_functions_are_told_apart(monkeypatch):
+    """A log density has its data where Python lets it: a method's object, a closure, a default, a global variable."""
+    big, other = normal(2000, 2), normal(2000, 2, seed=3)
+
+    def deep(data):
+        inner = Case(data).log_density
+        return lambda x: 2 * inner(x)
+
+    def default(data):
+        def of(x, data=data):
+            return x - data
+
+        return of
+
+    makers = [
+        lambda data: Case(data).log_density,
+        lambda data: lambda x: x - data,
+        deep,
+        default,
+        lambda data: partial(torch.add, data),
+        lambda data: nl.functionals.KL(Case(data).log_density),
+    ]
+    for make in makers:
+        one, same, two = (described(make(x)) for x in (big, big.clone(), other))
+        assert one == same != two
+    told = []
+    for data in (big, big.clone(), other):
+        monkeypatch.setitem(globals(), "somewhere", data)
+        told.append(described(near))
+    assert told[0] == told[1] != told[2]
 
 
 class Cracked:

@@ -349,7 +349,8 @@ def test_divergences_from_densities_at_points():
     close(two - one, outside * math.log(1e255), 1e-9)
     refused(lambda: metrics.sampled_kl(at[2], at[3]), "log_p must be finite")
     refused(lambda: metrics.sampled_kl(at[0], at[1][:5]), "log_q must be a log density")
-    refused(lambda: metrics.sampled_js(at[0], at[1], at[3], at[2]), "a density at two points")
+    refused(lambda: metrics.sampled_js(at[0], at[1], at[3], at[2]), "q_at_y must be finite")
+    refused(lambda: metrics.sampled_js(at[0][:1], at[1][:1], at[2], at[3]), "p_at_x must be finite .* got 1 points")
     assert metrics.sampled_js(at[0], at[0], at[0], at[0])[0] == 0
 
 

@@ -1,7 +1,10 @@
 """Minibatches without end, from whatever a reader calls data: a law to sample, a tensor, or a data loader."""
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -48,22 +51,41 @@ def described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)} of hash {hash_of({'': value})}"
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    held = dict(_arrays(value, "", 3))
+    held = dict(_arrays(value, "", 4))
     return f"{text} with {len(held)} of hash {hash_of(held)}" if held else text
 
 
 def _arrays(value: object, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Arrays that a value holds, in its attributes, lists and dicts, each with its path; those of a network are not."""
+    """Arrays that a value holds, in its attributes, lists, dicts and functions, each with its path; no network's."""
     if isinstance(value, Tensor | np.ndarray):
         if isinstance(value, Tensor) or value.dtype.kind in "biuf":
             yield name, torch.as_tensor(value)
         return
-    if depth == 0 or isinstance(value, nn.Module | type):
+    if depth == 0 or isinstance(value, nn.Module | type | ModuleType):
         return
-    within = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    pairs = enumerate(value) if isinstance(value, list | tuple) else within.items()
-    for key, part in pairs:
+    for key, part in _inside(value).items():
         yield from _arrays(part, f"{name}.{key}", depth - 1)
+
+
+def _inside(value: object) -> dict:
+    """What a value is made of; of a function what its code reads: defaults, closure, and its own module's variables."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, MethodType):
+        return {"self": value.__self__, "func": value.__func__}
+    if isinstance(value, FunctionType):
+        read = inspect.getclosurevars(value)
+        own = {
+            key: part
+            for key, part in read.globals.items()
+            if not isinstance(part, FunctionType) or part.__module__ == value.__module__
+        }
+        return {"defaults": value.__defaults__, "keywords": value.__kwdefaults__, **read.nonlocals, **own}
+    return getattr(value, "__dict__", {})
 
 
 def _single(name: str, points: Tensor) -> Tensor:
