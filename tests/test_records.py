@@ -230,6 +230,17 @@ FALSE = {
         "floors": times(3, "floor", ...),
         "times at the handover": times(0.3, "handover", ..., 0),
     },
+    "diffusions": {
+        "JKO's divergences": times(1.5, "rows", ..., "flow", where=lambda row: row["method"] == "jko"),
+        "the trapezoid's": times(30, "rows", ..., "flow", where=lambda row: row["method"] == "trapezoid"),
+        "order of the schemes": exchanged("jko", "trapezoid", "rows", ..., "method"),
+        "exact steps": times(1.1, "rows", ..., "steps"),
+        "the critics' values": times(1.5, "rows", ..., "F", ...),
+        "the rivals' times": times(0.3, "rows", ..., "processor", where=lambda row: row.get("method") == "exact"),
+        "Jensen and Shannon's": times(20, "rows", ..., "at", ..., "js", 0),
+        "energies of the porous flow": times(1.3, "rows", ..., "at", ..., "own F"),
+        "distances": times(3, "rows", ..., "at", ..., "w2"),
+    },
 }
 CASES = [(record, what) for record, lies in FALSE.items() for what in lies]
 
