@@ -241,6 +241,15 @@ FALSE = {
         "energies of the porous flow": times(1.3, "rows", ..., "at", ..., "own F"),
         "distances": times(3, "rows", ..., "at", ..., "w2"),
     },
+    "aggregation": {
+        "radii": times(1.03, "rows", ..., "along", ..., "radius"),
+        "energies": times(3, "rows", ..., "along", ..., "excess"),
+        "variances": times(1.2, "rows", ..., "along", ..., "variance"),
+        "distances": times(2, "rows", ..., "along", ..., "w2"),
+        "the two schemes": exchanged("forward-backward", "at once", "rows", ..., "problem"),
+        "the two classes": exchanged("residual", "convex", "rows", ..., "maps"),
+        "widths": times(1.1, "rows", ..., "along", ..., "x"),
+    },
 }
 CASES = [(record, what) for record, lies in FALSE.items() for what in lies]
 
