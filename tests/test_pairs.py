@@ -157,6 +157,13 @@ def test_figures_have_name_caption_and_alternative_text(name):
         assert figure.get("name", "").startswith("fig-") and figure.get("caption", "").strip(), cell.source
         slider = {keyword.arg for keyword in drawn["frames"].keywords} if "frames" in drawn else ()
         assert settings.get("image", {}).get("alt", "").strip() or "alt" in slider, f"no alt text:\n{cell.source}"
+        last = ast.parse(cell.source).body[-1]
+        method = isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) and ast.unparse(last.value.func)
+        shows = method and re.search(
+            r"\.(set\w*|plot|scatter|legend|text|annotate|ax[hv]line|imshow|suptitle)$", method
+        )
+        silent = cell.source.rstrip().endswith(";")
+        assert silent or not shows, f"what {method} returns is shown beside the figure, as a second one: give it to _"
 
 
 @each_chapter

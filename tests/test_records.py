@@ -250,6 +250,16 @@ FALSE = {
         "the two classes": exchanged("residual", "convex", "rows", ..., "maps"),
         "widths": times(1.1, "rows", ..., "along", ..., "x"),
     },
+    "posteriors": {
+        "R-hats": times(1.01, "rows", ..., "rhat", where=lambda row: row["method"] == "NUTS"),
+        "effective draws": times(0.1, "rows", ..., "ess", where=lambda row: row["method"] == "NUTS"),
+        "the posterior's accuracy": times(1.02, "rows", ..., "accuracy", where=lambda row: row["method"] == "NUTS"),
+        "the grid": times(1.01, "rows", ..., "log likelihood", where=lambda row: row["method"] == "quadrature"),
+        "JKO's log likelihoods": times(1.05, "rows", ..., "log likelihood", where=lambda row: row["method"] == "JKO"),
+        "two methods": exchanged("JKO", "Langevin", "rows", ..., "method"),
+        "JKO's spreads": times(2, "rows", ..., "sd", where=lambda row: row["method"] == "JKO"),
+        "the other prior": times(0.99, "rows", ..., "accuracy", where=lambda row: row["method"] == "NUTS, rate 100"),
+    },
 }
 CASES = [(record, what) for record, lies in FALSE.items() for what in lies]
 
